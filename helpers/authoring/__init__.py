@@ -1,0 +1,1 @@
+"""What maintainers run: ``python -m helpers.authoring build | look | bench | new``. Notebooks never import it."""

@@ -1,0 +1,173 @@
+"""One look for all figures, pictures with a text for those who cannot see them, and PNG encoding."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import Collection, PathCollection
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from PIL import Image
+
+# Okabe & Ito's palette, told apart with every common colour blindness. Yellow is left out: unreadable on white.
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "amber": "#E69F00",
+    "black": "#000000",
+}
+GREY = "#767676"  # for frames, guides and remarks: 4.5:1 on white
+
+# Colour never carries a meaning alone: each one has its own line style.
+_CYCLE = cycler(color=list(COLORS.values())) + cycler(linestyle=["-", "--", "-.", ":", "-", "--", "-."])
+
+
+def set_style(*, lecture: bool = False) -> None:
+    """Give every figure of this kernel the collection's look.
+
+    Parameters
+    ----------
+    lecture
+        True for a hall: larger letters and thicker lines. Run the notebook again after changing it.
+    """
+    size = 14 if lecture else 11
+    mpl.rcParams.update(mpl.rcParamsDefault)
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (8.0, 3.4),
+            "figure.dpi": 125 if lecture else 100,
+            "figure.facecolor": "white",  # opaque: readable on a dark page too
+            "figure.constrained_layout.use": True,
+            "savefig.facecolor": "white",
+            "font.size": size,
+            "axes.titlesize": size + 1,
+            "axes.titlelocation": "left",
+            "axes.prop_cycle": _CYCLE,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.formatter.use_mathtext": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.8,
+            "legend.frameon": False,
+            "lines.linewidth": 2.6 if lecture else 1.8,
+            "image.cmap": "viridis",
+        }
+    )
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display `figure` as a PNG whose alternative text is `alt` followed by a description of what is drawn.
+
+    Parameters
+    ----------
+    figure
+        Any matplotlib figure. It is closed, so it is shown once.
+    alt
+        What a reader who cannot see the picture should take from it, in a sentence or two.
+    """
+    if len(alt.split()) < 4:
+        raise ValueError(f"alt={alt!r} does not describe the figure: say in a sentence what is to be seen")
+    plt.close(figure)
+    text = f"{alt} {describe(figure)}"
+    # The text is an output like any other: nbval compares it, and with it the range of every curve.
+    bundle = {"image/png": base64.b64encode(encode_png(render(figure))).decode(), "text/plain": text}
+    display(bundle, raw=True, metadata={"image/png": {"alt": text}})
+
+
+def describe(figure: Figure) -> str:
+    """Put into words what `figure` draws: for each panel its title, its axes and the range of each labelled curve."""
+    panels = [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
+    return " ".join(
+        (f"Panel {i}: " if len(panels) > 1 else "") + _describe_axes(axes) for i, axes in enumerate(panels, 1)
+    )
+
+
+def _describe_axes(axes: Axes) -> str:
+    title = axes.get_title("left") or axes.get_title("center")
+    parts = [plain(title)] if title else []
+    for name, label in (("horizontal", axes.get_xlabel()), ("vertical", axes.get_ylabel())):
+        if label:
+            parts.append(f"{name} axis {plain(label)}")
+    curves = [line for line in axes.lines if not line.get_label().startswith("_")]
+    for line in curves:
+        x, y = (np.ma.compressed(np.ma.masked_invalid(np.asarray(data, float))) for data in line.get_data())
+        if y.size:
+            parts.append(
+                f"curve “{plain(line.get_label())}” ends at {y[-1]:.2g} and lies between {y.min():.2g} and {y.max():.2g}"
+            )
+    parts += [f"{len(c.patches)} bars" for c in axes.containers if isinstance(c, BarContainer)]
+    parts += [f"{len(c.get_offsets())} points" for c in axes.collections if isinstance(c, PathCollection)]
+    return "; ".join(parts) + "."
+
+
+_TEX = {r"\alpha": "α", r"\beta": "β", r"\sigma": "σ", r"\eta": "η", r"\bar": "mean ", r"\sqrt": "√", r"\cdot": "·",
+        r"\Delta": "Δ", r"\sum": "Σ", r"\to": "→", r"\infty": "∞", r"\log": "log ", r"\,": " ", r"\mathrm": "",
+        r"\leq": "≤", r"\le": "≤", r"\geq": "≥", r"\ge": "≥", r"\ast": "*", r"\times": "×", r"\mid": "|"}  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Turn a label with mathtext into words that a screen reader can say."""
+    for command, character in _TEX.items():
+        text = re.sub(re.escape(command) + (r"(?![a-zA-Z])" if command[-1].isalpha() else ""), character, text)
+    return re.sub(r"[${}\\]", "", text).replace("\n", " ")
+
+
+def render(figure: Figure) -> np.ndarray:
+    """Draw `figure` and return its pixels, shape (height, width, 3), dtype uint8."""
+    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def encode_png(pixels: np.ndarray, *, compress_level: int = 9) -> bytes:
+    """Encode pixels of shape (height, width, 3) as PNG; level 1 is fastest, 9 is smallest."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def require_finite(artists: list[Any]) -> None:
+    """Raise ValueError when one of the `artists` was given a value that is not finite.
+
+    A curve with NaN has a silent gap and one with infinity a silent spike: both look like data.
+    Masked entries (``numpy.ma``) are a declared gap and pass.
+    """
+    for artist in artists:
+        for values in _drawn_values(artist):
+            if not np.isfinite(np.ma.compressed(values)).all():
+                label = str(artist.get_label() or "")
+                name = f"“{label}”" if label and not label.startswith("_") else f"a {type(artist).__name__}"
+                raise ValueError(f"the picture would hold a value that is not finite, in {name}")
+
+
+def _drawn_values(artist: Any) -> list[np.ndarray]:
+    values = []
+    if isinstance(artist, Line2D):
+        values += artist.get_data(orig=True)  # as given: the mask is still there
+    elif isinstance(artist, PathCollection):
+        values.append(artist.get_offsets())
+    elif isinstance(artist, Collection):  # filled areas, bundles of lines
+        values += [path.vertices for path in artist.get_paths()]
+    elif isinstance(artist, Patch):  # bars: position and size sit in the transform
+        values += [artist.get_path().vertices, artist.get_patch_transform().get_matrix()]
+    if isinstance(artist, ScalarMappable) and artist.get_array() is not None:
+        values.append(artist.get_array())
+    return [np.ma.asarray(value, float) for value in values]
