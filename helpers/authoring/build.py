@@ -28,6 +28,14 @@ DIFFERENT_LEVELS = 64
 DIFFERENT_PIXELS = 25
 
 
+_DRIVE_AGAIN = """
+from helpers.teaching.widgets import EXPLORERS
+for _explorer in list(EXPLORERS.values()):
+    _explorer.require_unchanged()
+    _explorer.drive()
+"""
+
+
 class BuildError(Exception):
     """A notebook cannot be stored as it is."""
 
@@ -90,7 +98,10 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         store_widget_state=False,
         resources={"metadata": {"path": str(folder)}},
     )
+    # A widget works at its cell and may still break later, when other cells change what it draws.
+    fresh.cells.append(nbformat.v4.new_code_cell(_DRIVE_AGAIN))
     client.execute()
+    fresh.cells.pop()
     return fresh
 
 

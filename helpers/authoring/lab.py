@@ -141,18 +141,19 @@ class NotebookPage:
         """An address of the picture that changes whenever the picture does."""
         return explorer.locator("img.widget-image").get_attribute("src") or ""
 
-    def wait_for_new_picture(self, explorer: Locator, old: str) -> None:
-        """Wait until `explorer` shows another picture than `old`, and has loaded it."""
-        image = explorer.locator("img.widget-image").element_handle()
-        self.page.wait_for_function(
-            "([image, old]) => image.src !== old && image.complete && image.naturalWidth > 0", arg=[image, old], timeout=15_000
-        )
-
-    def press(self, explorer: Locator, control: int, key: str) -> None:
-        """Give the keyboard to the slider number `control` of `explorer` and press `key`."""
+    def press(self, explorer: Locator, key: str, *, control: int = 0, patience: float = 5.0) -> bool:
+        """Press `key` on slider number `control` of `explorer`; whether another picture came within `patience` seconds."""
+        image = explorer.locator("img.widget-image")
+        old = self.picture_of(explorer)
         handle = explorer.locator(".noUi-handle").nth(control)
         handle.focus()
         handle.press(key)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            if self.picture_of(explorer) != old and image.evaluate("i => i.complete && i.naturalWidth > 0"):
+                return True
+            self.page.wait_for_timeout(20)
+        return False
 
     def save_pages(self, folder: Path) -> list[Path]:
         """Save pictures of the whole notebook, one screen after the other."""

@@ -24,15 +24,10 @@ def look(path: Path, folder: Path) -> list[Path]:
         saved += notebook.save_pages(folder / "run")
         for number, explorer in enumerate(notebook.explorers(), 1):
             for key in ("Home", "End"):
-                old = notebook.picture_of(explorer)
-                notebook.press(explorer, 0, key)
-                try:
-                    notebook.wait_for_new_picture(explorer, old)
-                except Exception:  # it already stood at that end
-                    pass
-                target = folder / f"widget-{number:02d}-{key.lower()}.png"
-                explorer.screenshot(path=target)
-                saved.append(target)
+                notebook.press(explorer, key, patience=1.0)  # no new picture where it stands at that end already
+                notebook.page.wait_for_timeout(300)
+                saved.append(folder / f"widget-{number:02d}-{key.lower()}.png")
+                explorer.screenshot(path=saved[-1])
     if errors:
         raise RuntimeError(f"{path.name} failed in the browser: {errors}")
     return saved
@@ -52,12 +47,11 @@ def animate(path: Path, target: Path, *, widget: int = 1, pictures: int = 24) ->
     with open_notebook(path, size=(1000, 900)) as notebook:
         notebook.run_all()
         explorer = notebook.explorers()[widget - 1]
-        notebook.press(explorer, 0, "Home")
+        notebook.press(explorer, "Home", patience=1.0)
         for _ in range(pictures):
-            notebook.page.wait_for_timeout(300)
             shot = Image.open(io.BytesIO(explorer.screenshot())).convert("RGB")
             frames.append(shot.quantize(48, dither=Image.Dither.NONE))
             for _ in range(4):
-                notebook.press(explorer, 0, "ArrowRight")
+                notebook.press(explorer, "ArrowRight", patience=1.0)
     walk = frames + frames[-2:0:-1]
     walk[0].save(target, save_all=True, append_images=walk[1:], duration=160, loop=0, optimize=True)

@@ -19,7 +19,7 @@ def check(
     left: Any,
     right: Any,
     *,
-    tol: Any = 1e-12,
+    tol: Any = None,
     rtol: float = 0.0,
     relation: Relation = "=",
 ) -> None:
@@ -35,7 +35,8 @@ def check(
         The two sides: numbers, arrays or tensors of one shape (a plain number stands for an array
         filled with it), or strings or bytes, which must be equal.
     tol
-        Largest allowed absolute difference, a number or an array (for example a confidence band).
+        Largest allowed absolute difference, a number or an array (for example a confidence band);
+        1e-12 if neither it nor `rtol` is given.
     rtol
         Allowed difference relative to ``abs(right)``, added to `tol`.
     relation
@@ -70,6 +71,8 @@ def check(
         if np.isnan(array).any():
             where = _first_index(np.isnan(array))
             raise CheckFailed(f"{label}: the {side} side is NaN{where}")
+    if tol is None:
+        tol = 0.0 if rtol else 1e-12
     excess, allowed = _excess(a, b, tol, rtol, relation)
     if (excess > allowed).any():
         worst = np.argmax(excess - allowed)
@@ -80,7 +83,7 @@ def check(
             f"{label}: largest difference {excess.flat[worst]:.3g}{_index(worst, shape)}: "
             f"{x:.10g} {sign} {y:.10g} (allowed {allowed.flat[worst]:.3g})"
         )
-    print(f"✓ {label}   [{_precision(tol, rtol)}]")
+    print(f"✓ {label}   [{_precision(tol, rtol, relation)}]")
 
 
 def _as_array(side: Any, label: str) -> np.ndarray:
@@ -141,7 +144,7 @@ def _first_index(mask: np.ndarray) -> str:
     return _index(int(np.argmax(mask)), mask.shape)
 
 
-def _precision(tol: Any, rtol: float) -> str:
+def _precision(tol: Any, rtol: float, relation: Relation) -> str:
     largest = float(np.max(tol))
     parts = ([f"{largest:.1g}"] if largest else []) + ([f"{rtol:.1g} relative"] if rtol else [])
-    return "within " + " + ".join(parts) if parts else "exactly"
+    return "within " + " + ".join(parts) if parts else "exactly" if relation == "=" else "holds"

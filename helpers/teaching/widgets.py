@@ -13,12 +13,14 @@ at the first setting that fails. So a notebook test fails at the cell of a broke
 from __future__ import annotations
 
 import base64
+import builtins
 import difflib
 import html
 import inspect
 import itertools
 import os
 import textwrap
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -175,10 +177,38 @@ def explore(
         A control and an argument do not fit together, or `draw` fails.
     """
     _require_matching_arguments(draw, controls)
+    # Later cells may use the same names for other things; this widget must not notice.
+    draw, frame = freeze_globals(draw), freeze_globals(frame)
     explorer = Explorer(draw, alt, frame, panels, size, [dict(s) for s in stills], across, controls)
     if os.environ.get("DRIVE_WIDGETS") == "1":
         explorer.drive()
     return explorer
+
+
+def freeze_globals(function: Any, _done: dict[int, Any] | None = None) -> Any:
+    """Copy a function so that it keeps seeing the global variables as they are now, and so do the functions it calls.
+
+    Only functions of the same module (the notebook) are copied; anything else is returned as it is.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    done = {} if _done is None else _done
+    if id(function) in done:
+        return done[id(function)]
+    seen: dict[str, Any] = {"__builtins__": builtins, "__name__": function.__module__}
+    frozen = types.FunctionType(function.__code__, seen, function.__name__, function.__defaults__, function.__closure__)
+    frozen.__kwdefaults__ = function.__kwdefaults__
+    done[id(function)] = frozen
+    for name in _global_names(function.__code__) & function.__globals__.keys():
+        value = function.__globals__[name]
+        ours = isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
+        seen[name] = freeze_globals(value, done) if ours else value
+    return frozen
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_global_names, inner))
 
 
 def _require_matching_arguments(draw: Draw, controls: Mapping[str, Control]) -> None:
@@ -320,11 +350,12 @@ class Explorer(ipywidgets.VBox):
         self._picture = ipywidgets.Image(
             format="png", value=encode_png(self._pixels, compress_level=1), layout={"max_width": "100%"}
         )
-        self._picture.tooltip = alt
         self._caption = ipywidgets.HTMLMath(_html(caption))
         self._complaint = ipywidgets.HTML(layout={"display": "none"})
         row = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([row, self._complaint, self._picture, self._caption])
+        # An Image widget has no alternative text, so a screen reader finds it as a text that is off the screen.
+        spoken = ipywidgets.HTML(f'<span style="position:absolute;left:-9999px">{html.escape(alt)}</span>')
+        super().__init__([row, self._complaint, self._picture, spoken, self._caption])
         for control in self.controls.values():
             control.observe(self._moved, "value")
         EXPLORERS[next(_numbers)] = self
@@ -352,6 +383,12 @@ class Explorer(ipywidgets.VBox):
     def redraw_in_full(self) -> np.ndarray:
         """Render the present setting from nothing on a new figure: what a step must equal, and the cost to beat."""
         return self._new_scene(1).step(self.values)[0]
+
+    def require_unchanged(self) -> None:
+        """Raise ExploreError when the present setting no longer gives the present picture: later code changed its data."""
+        pixels = self._pixels
+        if not np.array_equal(self._step(self.values)[0], pixels):
+            raise ExploreError(f"{self.name}() draws another picture than when it was built: a later cell changed its data")
 
     def _step(self, values: Mapping[str, Any], scene: Scene | None = None) -> tuple[np.ndarray, str]:
         try:
