@@ -102,13 +102,15 @@ def robbins_monro(
     a = _checked_steps(steps)
     path = np.empty((len(a) + 1, *w.shape))
     path[0] = w
-    for k, step in enumerate(a, 1):
+    for k, step in enumerate(a.tolist(), 1):
         observed = np.asarray(measure(w, k), dtype=float)
         if observed.shape != w.shape:
             raise ValueError(f"measure returned shape {observed.shape} at step {k}, expected {w.shape} as of w")
-        moving = np.abs(w) <= freeze_beyond
-        _require_finite(np.where(moving, observed, 0.0), f"the observation at step {k}")
-        w = np.where(moving, w - step * observed, w)
+        if freeze_beyond < np.inf:
+            observed = np.where(np.abs(w) <= freeze_beyond, observed, 0.0)
+        if not np.isfinite(observed).all():
+            _require_finite(observed, f"the observation at step {k}")
+        w = w - step * observed
         path[k] = w
     return path
 
@@ -159,8 +161,8 @@ def linear_variance(
     variance = np.empty(len(a) + 1)
     variance[0] = start
     shrink, added = (1 - a * slope) ** 2, a**2 * noise_variance
-    for k in range(len(a)):
-        variance[k + 1] = shrink[k] * variance[k] + added[k]
+    for k, (factor, noise) in enumerate(zip(shrink.tolist(), added.tolist(), strict=True), 1):
+        start = variance[k] = factor * start + noise
     return variance
 
 

@@ -270,7 +270,7 @@ class Scene:
 
     def _paint_background(self, moving: Sequence[Artist]) -> None:
         if self._background is None:  # solve the layout once, with everything in place, and freeze it
-            self._canvas.draw()
+            self.figure.get_layout_engine().execute(self.figure)
             self.figure.set_layout_engine("none")
         for artist in moving:
             artist.set_animated(True)
@@ -441,7 +441,7 @@ class Explorer(ipywidgets.VBox):
     def _still(self) -> tuple[np.ndarray, str]:
         """The picture for readers without a kernel, and its text."""
         tiles, texts = [], []
-        scene = self._new_scene(1 / self._across)
+        scene = self._scene if self._across == 1 else self._new_scene(1 / self._across)
         for setting in self._stills or [{}]:
             pixels, caption = self._step({**self.values, **setting}, scene)
             heading = ", ".join(f"{self.controls[n].description} = {_short(v)}" for n, v in setting.items())
