@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -159,10 +160,14 @@ class NotebookPage:
         """Save pictures of the whole notebook, one screen after the other."""
         folder.mkdir(parents=True, exist_ok=True)
         view = self.page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer").first
-        screen, total = view.evaluate("v => [v.clientHeight, v.scrollHeight]")
+        # Up to the end of the last cell: below it Lab leaves a blank screen for scrolling.
+        screen, total = view.evaluate(
+            "v => [v.clientHeight, v.scrollTop + [...v.querySelectorAll('.jp-Cell')].at(-1).getBoundingClientRect().bottom"
+            " - v.getBoundingClientRect().top]"
+        )
         step = screen - 60
         pages = []
-        for number in range(max(1, -(-(total - 60) // step))):
+        for number in range(max(1, math.ceil((total - 60) / step))):
             view.evaluate("(v, top) => { v.scrollTop = top }", number * step)
             self.page.wait_for_timeout(250)
             pages.append(folder / f"page-{number + 1:02d}.png")

@@ -42,6 +42,7 @@ EXPLORERS: weakref.WeakValueDictionary[int, Explorer] = weakref.WeakValueDiction
 _numbers = itertools.count()
 
 _CONTROL_LAYOUT = {"width": "330px"}
+_NATURAL_SIZE = {"max_width": "100%", "align_self": "flex-start"}  # stretched pixels would be blurred
 _CONTROL_STYLE = {"description_width": "initial"}
 
 
@@ -348,7 +349,7 @@ class Explorer(ipywidgets.VBox):
                 raise ExploreError(f"stills name {unknown.pop()!r}, which is no control of {self.name}()")
         self._pixels, caption = self._step(self.values)
         self._picture = ipywidgets.Image(
-            format="png", value=encode_png(self._pixels, compress_level=1), layout={"max_width": "100%"}
+            format="png", value=encode_png(self._pixels, compress_level=1), layout=_NATURAL_SIZE
         )
         self._caption = ipywidgets.HTMLMath(_html(caption))
         self._complaint = ipywidgets.HTML(layout={"display": "none"})
