@@ -110,6 +110,10 @@ def _wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"JupyterLab did not come up:\n{log.read_text()[-2000:]}")
 
 
+def _is_local(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+
+
 class NotebookPage:
     """One notebook, open in JupyterLab in a headless browser."""
 
@@ -118,6 +122,8 @@ class NotebookPage:
         self.console_errors: list[str] = []
         self.failed_requests: list[str] = []
         page.on("console", lambda m: self.console_errors.append(m.text) if m.type == "error" else None)
+        self.foreign_requests: list[str] = []  # a lecture hall may have no network: nothing may ask for it
+        page.on("request", lambda r: None if _is_local(r.url) else self.foreign_requests.append(r.url))
         page.on("requestfailed", lambda request: self.failed_requests.append(f"{request.url} {request.failure}"))
 
     def open(self, url: str) -> None:

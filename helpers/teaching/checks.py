@@ -92,6 +92,8 @@ def _as_array(side: Any, label: str) -> np.ndarray:
         if str(side.dtype) == "torch.bfloat16":  # numpy has no such type
             side = side.float()
         side = side.numpy()
+    if isinstance(side, (bytes, bytearray)):
+        side = np.frombuffer(side, np.uint8)
     array = np.asarray(side)
     if array.dtype.kind in "SU":  # as Python objects: numpy's own text drops trailing NULs
         array = np.asarray(side, dtype=object)

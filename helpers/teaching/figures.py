@@ -19,7 +19,7 @@ from matplotlib.collections import Collection, PathCollection
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 # Okabe & Ito's palette, told apart with every common colour blindness. Yellow is left out: unreadable on white.
@@ -147,15 +147,18 @@ def encode_png(pixels: np.ndarray, *, compress_level: int = 9) -> bytes:
 def require_finite(artists: list[Any]) -> None:
     """Raise ValueError when one of the `artists` was given a value that is not finite.
 
-    A curve with NaN has a silent gap and one with infinity a silent spike: both look like data.
-    Masked entries (``numpy.ma``) are a declared gap and pass.
+    A curve with NaN has a silent gap and one with infinity a silent spike: both look like data. A gap that is
+    meant is declared with ``np.ma.fix_invalid``. (``masked_invalid`` does not do: matplotlib masks so by itself.)
     """
     for artist in artists:
         for values in _drawn_values(artist):
-            if not np.isfinite(np.ma.compressed(values)).all():
+            if not np.isfinite(values).all():
                 label = str(artist.get_label() or "")
                 name = f"“{label}”" if label and not label.startswith("_") else f"a {type(artist).__name__}"
-                raise ValueError(f"the picture would hold a value that is not finite, in {name}")
+                raise ValueError(
+                    f"the picture would hold a value that is not finite, in {name}; "
+                    "if a gap is meant, pass np.ma.fix_invalid(values)"
+                )
 
 
 def _drawn_values(artist: Any) -> list[np.ndarray]:
@@ -166,8 +169,10 @@ def _drawn_values(artist: Any) -> list[np.ndarray]:
         values.append(artist.get_offsets())
     elif isinstance(artist, Collection):  # filled areas, bundles of lines
         values += [path.vertices for path in artist.get_paths()]
-    elif isinstance(artist, Patch):  # bars: position and size sit in the transform
-        values += [artist.get_path().vertices, artist.get_patch_transform().get_matrix()]
+    elif isinstance(artist, Rectangle):  # bars
+        values.append([artist.get_x(), artist.get_y(), artist.get_width(), artist.get_height()])
+    elif isinstance(artist, Patch):
+        values.append(artist.get_path().vertices)
     if isinstance(artist, ScalarMappable) and artist.get_array() is not None:
         values.append(artist.get_array())
-    return [np.ma.asarray(value, float) for value in values]
+    return [np.asarray(np.ma.getdata(value), float) for value in values]

@@ -242,7 +242,7 @@ class Scene:
         self, draw: Draw, frame: Callable[..., None] | None, panels: tuple[int, int], size: tuple[float, float]
     ) -> None:
         self._draw = draw
-        self.figure = Figure(figsize=size)  # unknown to pyplot: it is never shown twice and never leaks
+        self.figure = Figure(figsize=size, layout="constrained")  # unknown to pyplot: it is never shown twice and never leaks
         self._canvas = FigureCanvasAgg(self.figure)
         self._axes = self.figure.subplots(*panels)
         if frame is not None:

@@ -1,0 +1,31 @@
+"""Shared by all tests and by the kernels they start: one thread, no network, widgets driven, a profile of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+
+os.environ["OMP_NUM_THREADS"] = "1"  # with two workers on two cores, more threads only get in each other's way
+os.environ["DRIVE_WIDGETS"] = "1"  # every widget moves all its controls when it is built
+
+# Kernels load this profile: it closes the network in them, and a reader's own start-up files cannot interfere.
+_profile = Path(tempfile.mkdtemp(prefix="ipython"))
+(_profile / "profile_default" / "startup").mkdir(parents=True)
+(_profile / "profile_default" / "startup" / "offline.py").write_text(
+    (ROOT / "tests" / "offline.py").read_text(encoding="utf-8"), encoding="utf-8"
+)
+os.environ["IPYTHONDIR"] = str(_profile)
+
+sys.path.insert(0, str(ROOT / "tests"))
+import offline  # noqa: E402, F401  (importing it closes the network in this process)
+
+
+def pytest_sessionfinish(session):
+    """Remove the profile."""
+    import shutil
+
+    shutil.rmtree(_profile, ignore_errors=True)

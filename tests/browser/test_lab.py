@@ -1,0 +1,65 @@
+"""JupyterLab in a real browser: open each notebook, run it, move every widget by keyboard and one by mouse."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from collection import NOTEBOOKS, ROOT
+
+from helpers.authoring.lab import BrowserMissing, find_chromium, open_notebook
+
+PICTURES = ROOT / "pictures"
+
+try:
+    import playwright.sync_api  # noqa: F401
+
+    find_chromium()
+    missing = ""
+except (BrowserMissing, ImportError) as error:
+    missing = str(error)
+
+pytestmark = pytest.mark.skipif(bool(missing) and os.environ.get("REQUIRE_BROWSER") != "1", reason=missing)
+
+
+def test_a_browser_is_there():
+    """Red instead of skipped where ``REQUIRE_BROWSER=1`` says that there has to be one."""
+    assert not missing
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_reader_can_open_run_and_move(path):
+    with open_notebook(path) as notebook:
+        stored = notebook.page.locator(".jp-OutputArea-output img:not(.widget-image)")
+        assert stored.count() >= 2, "the stored pictures are shown before anything runs"
+        assert notebook.page.locator(".jp-OutputArea-output", has_text="Error displaying widget").count() == 0
+        folder = PICTURES / path.stem
+        notebook.save_pages(folder / "opened")
+
+        assert notebook.run_all() == []
+        explorers = notebook.explorers()
+        assert explorers
+        for number, explorer in enumerate(explorers):
+            sliders = explorer.locator(".noUi-handle").count()
+            assert sliders
+            for control in range(sliders):
+                moved = [notebook.press(explorer, key, control=control, patience=3) for key in ("Home", "End")]
+                assert any(moved), f"slider {control} of widget {number} does not move the picture"
+            assert explorer.get_by_role("alert").count() == 0, explorer.inner_text()
+
+        handle = explorers[0].locator(".noUi-handle").first
+        before, box = notebook.picture_of(explorers[0]), handle.bounding_box()
+        handle.hover()
+        notebook.page.mouse.down()
+        notebook.page.mouse.move(box["x"] - 60, box["y"] + 5, steps=4)
+        notebook.page.mouse.up()
+        notebook.page.wait_for_timeout(500)
+        assert notebook.picture_of(explorers[0]) != before, "dragging with the mouse does nothing"
+
+        assert notebook.page.locator("mjx-merror").count() == 0, "a formula is broken"
+        assert notebook.page.locator("mjx-container").count() > 2, "formulas are not typeset"
+        assert notebook.console_errors == []
+        assert notebook.failed_requests == []
+        assert notebook.foreign_requests == []
+        pages = notebook.save_pages(folder / "run")
+        assert len(pages) >= 2 and all(page.stat().st_size > 10_000 for page in pages)
