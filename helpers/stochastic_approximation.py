@@ -116,7 +116,7 @@ def robbins_monro(
 
 
 def polyak_ruppert(path: ArrayLike) -> NDArray[np.float64]:
-    """Average of the iterates so far, w̄_k = (w_1 + … + w_k)/k, for every k; Eq. (14), Polyak & Juditsky 1992.
+    """Average of the iterates so far, w̄_k = (w_1 + … + w_k)/k, for every k; Eq. (16), Polyak & Juditsky 1992.
 
     Parameters
     ----------
@@ -134,10 +134,10 @@ def polyak_ruppert(path: ArrayLike) -> NDArray[np.float64]:
     return np.cumsum(path, axis=0) / count
 
 
-def linear_variance(
+def linear_mse(
     steps: ArrayLike, *, slope: float = 1.0, noise_variance: float = 1.0, start: float = 0.0
 ) -> NDArray[np.float64]:
-    """Exact mean squared error V_k = E[(w_k - w*)²] when g(w) = slope (w - w*); Eq. (11).
+    """Exact mean squared error V_k = E[(w_k - w*)²] when g(w) = slope (w - w*); Eq. (13).
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def stochastic_gradient_descent(
     batch_size: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """Mini-batch gradient descent on an average over `sample_count` samples; Eq. (15).
+    """Mini-batch gradient descent on an average over `sample_count` samples; Eq. (18).
 
     Parameters
     ----------

@@ -76,7 +76,7 @@ class TestBuild:
     def test_a_widget_that_a_later_cell_breaks_is_found(self, notebook):
         broken = read(notebook)
         broken.cells[1].source = (
-            "data = [0, 1]\nexplore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(1, 2))"
+            "data = [0, 1]\nexplore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(2, 3))"
         )
         broken.cells[2].source = "data.append(5); data[1] = 3"
         nbformat.write(broken, notebook)

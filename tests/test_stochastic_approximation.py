@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from helpers.data import load_nile
 from helpers.stochastic_approximation import (
-    linear_variance,
+    linear_mse,
     polyak_ruppert,
     power_steps,
     robbins_monro,
@@ -162,33 +162,33 @@ class TestPolyakRuppert:
             polyak_ruppert(bad)
 
 
-class TestLinearVariance:
+class TestLinearMse:
     def test_equals_listing_all_noise_of_two_values(self):
         steps, slope = np.array([0.7, 0.4, 0.9, 0.2]), 1.3
         ends = []
         for noise in itertools.product([-2.0, 2.0], repeat=4):  # variance 4, all 16 paths equally likely
             ends.append(robbins_monro(lambda w, k, noise=noise: slope * w + noise[k - 1], 3.0, steps))
         exact = (np.array(ends) ** 2).mean(axis=0)
-        np.testing.assert_allclose(linear_variance(steps, slope=slope, noise_variance=4, start=9), exact, rtol=1e-12)
+        np.testing.assert_allclose(linear_mse(steps, slope=slope, noise_variance=4, start=9), exact, rtol=1e-12)
 
     def test_constant_step(self):
-        assert linear_variance(np.full(2000, 0.1))[-1] == pytest.approx(0.1 / 1.9, abs=1e-12)  # 0.052632
-        assert linear_variance(np.full(2000, 0.1), slope=3.0, noise_variance=2.0)[-1] == pytest.approx(0.2 / (3 * 1.7))
+        assert linear_mse(np.full(2000, 0.1))[-1] == pytest.approx(0.1 / 1.9, abs=1e-12)  # 0.052632
+        assert linear_mse(np.full(2000, 0.1), slope=3.0, noise_variance=2.0)[-1] == pytest.approx(0.2 / (3 * 1.7))
 
     @pytest.mark.parametrize("gain, limit", [(1, 1.0), (2, 4 / 3), (4, 16 / 7)])
     def test_gain_over_k(self, gain, limit):
-        assert 10**6 * linear_variance(power_steps(1, 10**6, scale=gain))[-1] == pytest.approx(limit, abs=5e-6)
+        assert 10**6 * linear_mse(power_steps(1, 10**6, scale=gain))[-1] == pytest.approx(limit, abs=5e-6)
 
     def test_below_the_cliff_the_rate_is_slower(self):
         at = [10**4, 10**6]
         for gain, ratio in ((0.25, 10 ** (-2 * 2 * 0.25)), (0.5, 10**-2 * 6 / 4)):  # k^{-2a}; log k / k
-            v = linear_variance(power_steps(1, 10**6, scale=gain))
+            v = linear_mse(power_steps(1, 10**6, scale=gain))
             assert v[at[1]] / v[at[0]] == pytest.approx(ratio, rel=0.05)
 
     @pytest.mark.parametrize("bad", [{"noise_variance": -1.0}, {"start": -0.1}])
     def test_bad_variances(self, bad):
         with pytest.raises(ValueError, match="a variance is not negative"):
-            linear_variance([0.1], **bad)
+            linear_mse([0.1], **bad)
 
 
 class TestStochasticGradientDescent:
@@ -245,7 +245,7 @@ def test_one_over_log_does_not_settle_and_one_over_root_does():
     k = np.arange(1, count + 1)
     assert 0.8 < largest(1 / np.log(k + 2)) < 1.2
     assert largest(1 / np.sqrt(k)) < 0.3
-    assert linear_variance(1 / np.log(k + 2))[-1] == pytest.approx(1 / (2 * np.log(count)), rel=0.1)
+    assert linear_mse(1 / np.log(k + 2))[-1] == pytest.approx(1 / (2 * np.log(count)), rel=0.1)
 
 
 def test_the_nile_data():

@@ -149,7 +149,8 @@ class TestExercise:
             return 2 * x
 
         verdict = self.double.verdict
-        assert verdict(stub) == verdict(not_implemented) == verdict(...) == "not attempted yet: double"
+        not_yet = "not attempted yet: double; if it is, a `return` is missing"
+        assert verdict(stub) == verdict(not_implemented) == verdict(...) == not_yet
         assert verdict(lambda x, y: x + x + y) == "✓ double"
         assert verdict(lambda *both: 2 * both[0] + both[1]) == "✓ double"
         assert verdict(lambda x, y: x**2 + y).endswith("(1, 0) gives 1, expected 2. that is the square")
@@ -158,6 +159,10 @@ class TestExercise:
         assert verdict(half_done) == "✗ double: half_done(2, 1) returns nothing; is a `return` missing on one path?"
         assert verdict(wrong_signature) == "✗ double: the function has to take (x, y); yours takes (x)"
         assert verdict(3.0) == "✗ double: expected a function, got float: 3.0"
+
+    def test_long_arguments_are_not_printed(self):
+        total = Exercise("total", sum, cases=[([1.0, 2.0],), (range(100),)], hint="add")
+        assert total.verdict(lambda x, start=0: 3) == "✗ total: <lambda>(<100 values>) gives 3, expected 4950. add"
 
     def test_calling_prints_the_verdict(self, capsys):
         self.half(0.5)
@@ -327,6 +332,8 @@ class TestExplore:
 
         with pytest.raises(ExploreError, match="a value that is not finite, in “spike”"):
             widget(draw=spike)
+        with pytest.raises(ExploreError, match="text below the picture holds a value that is not finite: error nan"):
+            widget(draw=lambda ax, power: f"error {np.nan}")
 
     @pytest.mark.parametrize("controls, message", [
         ({"powr": slider(0, 1)}, r"draw\(\) has no argument 'powr' for a control: did you mean 'power'\?"),
@@ -347,10 +354,22 @@ class TestExplore:
             explore(lambda ax: None, alt="Nothing to see, it is refused.")
         with pytest.raises(ExploreError, match="does not describe the picture"):
             widget(alt="image")
-        with pytest.raises(ExploreError, match="stills name 'speed', which is no control"):
-            widget(stills=[{"speed": 1}])
+        for bad in ({"stills": [{"speed": 1}]}, {"goal": {"speed": 1}}):
+            with pytest.raises(ExploreError, match="stills and goal must name controls, and 'speed' is none of power"):
+                widget(**bad)
         with pytest.raises(ExploreError, match="it may return a line of text or nothing"):
             explore(lambda ax, power: 3, alt="Nothing to see, it is refused.", power=slider(0, 1))
+
+    def test_the_goal_must_be_reached_where_it_is_said_to_be_and_not_at_the_start(self):
+        def hit_four(ax, power):
+            return "✓ goal" if power == 4 else "not yet"
+
+        explorer = widget(draw=hit_four, goal={"power": 4})
+        assert "not yet" in explorer.caption
+        with pytest.raises(ExploreError, match=r"the goal is not reached at \{'power': 3\}: not yet"):
+            widget(draw=hit_four, goal={"power": 3})
+        with pytest.raises(ExploreError, match=r"the goal is reached at \{'power': 4\}"):
+            widget(draw=hit_four, goal={"power": 4}, power=slider(1, 4, 4))
 
     def test_later_cells_cannot_change_a_widget(self):
         """Cells share one namespace: a later cell that reuses a name must not reach into an earlier widget."""

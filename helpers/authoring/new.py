@@ -40,11 +40,12 @@ _WIDGET = """def frame_problem(ax):
 def draw_problem(ax, power):
     x = np.linspace(0, 1, 100)
     ax.plot(x, x**power, label="power")
+    return "✓ goal" if power < 0.3 else ""
 
 
 explore(
     draw_problem, frame=frame_problem, power=slider(0.2, 5.0, 1.0, label="power"),
-    stills=[{"power": 0.5}, {"power": 2.0}], alt="A power function between zero and one.",
+    stills=[{"power": 0.5}, {"power": 2.0}], goal={"power": 0.2}, alt="A power function between zero and one.",
 )"""
 
 _DERIVATION = r"""<details><summary><b>What you should have seen</b></summary>

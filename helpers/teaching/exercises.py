@@ -118,15 +118,17 @@ class Exercise:
         return f"✓ {self.task}"
 
     def _not_attempted(self) -> str:
-        return f"not attempted yet: {self.task}"
+        missing = "; if it is, a `return` is missing" if callable(self.expected) else ""
+        return f"not attempted yet: {self.task}{missing}"
 
     def _reject(self, reason: str) -> str:
         return f"✗ {self.task}: {reason}".rstrip()
 
 
 def _short(value: Any) -> str:
-    array = np.asarray(value)
-    return f"{array:.6g}" if array.ndim == 0 and array.dtype.kind in "iuf" else f"{value!r}"
+    if np.ndim(value):
+        return f"<{len(value)} values>" if len(value) > 6 else "[" + ", ".join(map(_short, value)) + "]"
+    return f"{value:.6g}" if np.asarray(value).dtype.kind in "iuf" else repr(value)
 
 
 def _call(function: Callable, case: tuple) -> str:

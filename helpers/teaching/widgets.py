@@ -19,6 +19,7 @@ import html
 import inspect
 import itertools
 import os
+import re
 import textwrap
 import types
 import weakref
@@ -147,6 +148,7 @@ def explore(
     size: tuple[float, float] = (8.0, 3.4),
     stills: Sequence[Mapping[str, Any]] = (),
     across: int = 1,
+    goal: Mapping[str, Any] | None = None,
     **controls: Control,
 ) -> Explorer:
     """Show a picture with a control for every argument of `draw`.
@@ -169,6 +171,9 @@ def explore(
         Controls that a setting does not name keep their start. Without any, the start itself is stored.
     across
         How many stills stand side by side.
+    goal
+        A setting that reaches the goal set in the text. There, and not at the start, the line of text has to
+        contain ``✓ goal``; tests see to it, so that no reader looks for a goal that is not there.
     **controls
         ``slider``, ``choice`` or ``switch``, one for each argument of `draw` after the first.
 
@@ -180,9 +185,14 @@ def explore(
     _require_matching_arguments(draw, controls)
     # Later cells may use the same names for other things; this widget must not notice.
     draw, frame = freeze_globals(draw), freeze_globals(frame)
+    for setting in (*stills, goal or {}):
+        if unknown := set(setting) - set(controls):
+            raise ExploreError(f"stills and goal must name controls, and {unknown.pop()!r} is none of {', '.join(controls)}")
     explorer = Explorer(draw, alt, frame, panels, size, [dict(s) for s in stills], across, controls)
     if os.environ.get("DRIVE_WIDGETS") == "1":
         explorer.drive()
+        if goal is not None:
+            explorer.require_goal(goal)
     return explorer
 
 
@@ -258,6 +268,8 @@ class Scene:
         caption = self._draw(self._axes, **values) or ""
         if not isinstance(caption, str):
             raise TypeError(f"draw returned a {type(caption).__name__}; it may return a line of text or nothing")
+        if re.search(r"\b(nan|inf)\b", caption):
+            raise ValueError(f"the text below the picture holds a value that is not finite: {caption}")
         moving = [artist for artist in self._artists() if id(artist) not in self._fixed]
         require_finite(moving)
         for axes in self.figure.axes:  # titles change often, and what is drawn must not cover the frame's lines
@@ -344,9 +356,6 @@ class Explorer(ipywidgets.VBox):
         self.error: Exception | None = None
         for name, control in self.controls.items():
             control.description = control.description or name
-        for still in stills:
-            if unknown := set(still) - set(self.controls):
-                raise ExploreError(f"stills name {unknown.pop()!r}, which is no control of {self.name}()")
         self._pixels, caption = self._step(self.values)
         self._picture = ipywidgets.Image(
             format="png", value=encode_png(self._pixels, compress_level=1), layout=_NATURAL_SIZE
@@ -438,6 +447,14 @@ class Explorer(ipywidgets.VBox):
         for name, value in start.items():
             self.controls[name].value = value
         return count
+
+    def require_goal(self, setting: Mapping[str, Any]) -> None:
+        """Raise ExploreError unless ``✓ goal`` is said at `setting` and not at the present one."""
+        for values, reached in ((self.values, False), ({**self.values, **setting}, True)):
+            caption = self._step(values)[1]
+            if ("✓ goal" in caption) != reached:
+                raise ExploreError(f"{self.name}(): the goal is {'not ' if reached else ''}reached at {values}: {caption}")
+        self._step(self.values)
 
     def _still(self) -> tuple[np.ndarray, str]:
         """The picture for readers without a kernel, and its text."""
