@@ -77,6 +77,7 @@ def serve(folder: Path) -> Iterator[str]:
             port = probe.getsockname()[1]
         token = secrets.token_hex(16)
         environment = os.environ | {
+            "DRIVE_WIDGETS": "0",  # as for a reader
             "JUPYTER_CONFIG_DIR": str(work / "config"),
             "JUPYTER_RUNTIME_DIR": str(work / "runtime"),
             "JUPYTERLAB_SETTINGS_DIR": str(work / "settings"),
@@ -163,7 +164,7 @@ class NotebookPage:
         return False
 
     def save_pages(self, folder: Path) -> list[Path]:
-        """Save pictures of the whole notebook, one screen after the other."""
+        """Save pictures of the whole notebook in `folder`, one screen after the other."""
         folder.mkdir(parents=True, exist_ok=True)
         view = self.page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer").first
         # Up to the end of the last cell: below it Lab leaves a blank screen for scrolling.
@@ -175,7 +176,7 @@ class NotebookPage:
         pages = []
         for number in range(max(1, math.ceil((total - 60) / step))):
             view.evaluate("(v, top) => { v.scrollTop = top }", number * step)
-            self.page.wait_for_timeout(250)
+            self.page.wait_for_timeout(120)
             pages.append(folder / f"page-{number + 1:02d}.png")
             view.screenshot(path=pages[-1])
         return pages
