@@ -36,7 +36,9 @@ def notebook(tmp_path):
             "import matplotlib.pyplot as plt\nfrom helpers.teaching import explore, show, slider\n"
             "fig, ax = plt.subplots()\nax.plot([1, 3, 2])\nshow(fig, 'A line that goes up and down.')\nprint('a')\nprint('b')"
         ),
-        new_code_cell("explore(lambda ax, n: ax.plot([0, n]) and None, alt='A line of a certain slope.', n=slider(1, 3))"),
+        new_code_cell(
+            "explore(lambda ax, n: ax.plot([0, n]) and None, alt='A line of a certain slope.', n=slider(1, 3))"
+        ),
         new_code_cell("import time; print(time.time_ns())", metadata={"tags": ["nbval-ignore-output"]}),
     ]
     path = tmp_path / "small.ipynb"
@@ -75,9 +77,9 @@ class TestBuild:
 
     def test_a_widget_that_a_later_cell_breaks_is_found(self, notebook):
         broken = read(notebook)
-        broken.cells[1].source = (
-            "data = [0, 1]\nexplore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(2, 3))"
-        )
+        broken.cells[
+            1
+        ].source = "data = [0, 1]\nexplore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(2, 3))"
         broken.cells[2].source = "data.append(5); data[1] = 3"
         nbformat.write(broken, notebook)
         with pytest.raises(Exception, match="draws another picture than when it was built"):
@@ -95,7 +97,9 @@ class TestBuild:
         small = build.shrink(original)
         assert len(small) <= len(original) and not build.picture_difference(original, small)
 
-    @pytest.mark.parametrize("pixels, levels, differs", [(25, 255, False), (26, 255, True), (4800, 64, False), (4800, 65, True)])
+    @pytest.mark.parametrize(
+        "pixels, levels, differs", [(25, 255, False), (26, 255, True), (4800, 64, False), (4800, 65, True)]
+    )
     def test_pictures_differ_when_many_pixels_differ_much(self, pixels, levels, differs):
         a = np.zeros((60, 80, 3))
         b = a.copy()

@@ -17,7 +17,9 @@ SECONDS = 40  # the promise is 15 s for a reader; here every widget is driven tw
 def pinned(package):
     """Whether the installed version is the one that drew the stored pictures."""
     pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#"
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
     )
     return metadata.version(package) == pins[package]
 

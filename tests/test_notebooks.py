@@ -80,7 +80,17 @@ def test_nothing_that_belongs_to_one_machine_is_stored(path):
 def test_the_code_is_clean(path):
     for cell in code_cells(path):
         assert not cell.source.rstrip().endswith(";"), f"{cell.id} ends in ';', which nbval compares wrongly"
-        for word in ("sys.path", "warnings.", "urlopen", "requests.", "fetch_", "!pip", "%pip", "plt.show", "interact("):
+        for word in (
+            "sys.path",
+            "warnings.",
+            "urlopen",
+            "requests.",
+            "fetch_",
+            "!pip",
+            "%pip",
+            "plt.show",
+            "interact(",
+        ):
             assert word not in cell.source, f"{word} in {cell.id}"
         assert not calls(cell.source, "allclose"), f"{cell.id}: a bare allclose is no check"
         assert max(map(len, cell.source.splitlines())) <= 120, f"a line in {cell.id} is wider than the page"
@@ -116,7 +126,7 @@ def test_every_widget_has_a_question_a_goal_and_a_folded_answer(path):
         assert cells[i].metadata.get("jupyter", {}).get("source_hidden"), f"{cells[i].id}: fold the drawing code"
         (call,) = calls(cells[i].source, "explore")
         given = {keyword.arg for keyword in call.keywords}
-        assert {"alt", "stills", "goal"} <= given, f"{cells[i].id} lacks {({'alt', 'stills', 'goal'} - given)}"
+        assert {"alt", "stills", "goal"} <= given, f"{cells[i].id} lacks { ({'alt', 'stills', 'goal'} - given) }"
 
 
 @every_notebook

@@ -91,14 +91,17 @@ class TestRobbinsMonro:
         def lost(shift):
             rng = np.random.default_rng(2)
             steps = power_steps(1, 500, shift=shift)
-            noisy = robbins_monro(lambda w, k: w**3 - 5 + rng.normal(size=1000), np.zeros(1000), steps, freeze_beyond=1e3)
+            noisy = robbins_monro(
+                lambda w, k: w**3 - 5 + rng.normal(size=1000), np.zeros(1000), steps, freeze_beyond=1e3
+            )
             return (np.abs(noisy[-1]) > 1e3).mean()
 
         assert lost(0) > 0.97
         assert lost(9) == 0
 
     @pytest.mark.parametrize(
-        "start, arrives", [(1.5, False), (1.62, True), (1.76, True), (1.8, False), (1.9, True), (2.0, True), (2.2, False)]
+        "start, arrives",
+        [(1.5, False), (1.62, True), (1.76, True), (1.8, False), (1.9, True), (2.0, True), (2.2, False)],
     )
     def test_the_cubic_s_two_islands_of_starts(self, start, arrives):
         path = robbins_monro(lambda w, k: w**3 - 5, start, power_steps(1, 2000), freeze_beyond=1e3)
@@ -106,7 +109,9 @@ class TestRobbinsMonro:
 
     def test_flat_slopes_converge_too(self):
         rng = np.random.default_rng(3)
-        w = robbins_monro(lambda w, k: np.tanh(w - 1) + rng.normal(size=500), np.zeros(500), power_steps(1, 4000, scale=2))
+        w = robbins_monro(
+            lambda w, k: np.tanh(w - 1) + rng.normal(size=500), np.zeros(500), power_steps(1, 4000, scale=2)
+        )
         assert w[-1].mean() == pytest.approx(1, abs=4 * w[-1].std() / np.sqrt(500) + 0.01)
         assert w[-1].std() < 0.05
 
@@ -140,7 +145,9 @@ class TestPolyakRuppert:
     @given(streams)
     def test_is_the_mean_of_the_path_so_far(self, path):
         expected = [path[: k + 1].mean(axis=0) for k in range(len(path))]
-        np.testing.assert_allclose(polyak_ruppert(path), expected, rtol=0, atol=1e-13 * max(1, np.abs(path).max()) * len(path))
+        np.testing.assert_allclose(
+            polyak_ruppert(path), expected, rtol=0, atol=1e-13 * max(1, np.abs(path).max()) * len(path)
+        )
 
     @pytest.mark.parametrize("slope, at_ten_thousand", [(1.0, 1.0345), (5.0, 0.0403)])
     def test_variance_is_near_the_optimum(self, slope, at_ten_thousand):

@@ -29,7 +29,7 @@ class TestCheck:
     def test_prints_what_holds_and_how_well(self, capsys):
         check(3, "a = b", [1.0, 2.0], np.array([1.0, 2.0 + 1e-13]))
         check(4, "bound", 1.0, 2.0, relation="<=", tol=0)
-        check(5, "band", 1.0, 1.2, tol=[0.3])
+        check(5, "band", [1.0, 2.0], [1.2, 2.0], tol=[0.3, 0.1])
         check(6, "relative", 1e6, 1e6 + 1, rtol=1e-5)
         check(7, "counts", [1, 2], [1, 2], tol=0)
         assert capsys.readouterr().out.splitlines() == [
@@ -43,10 +43,14 @@ class TestCheck:
     def test_names_the_largest_difference_and_its_place(self):
         a, b = np.zeros((2, 3)), np.zeros((2, 3))
         b[1, 2], b[0, 0] = 0.5, 0.25
-        with pytest.raises(CheckFailed, match=r"^\(1\) same: largest difference 0.5 at index \(1, 2\): 0 ≠ 0.5 \(allowed 1e-12\)$"):
+        with pytest.raises(
+            CheckFailed, match=r"^\(1\) same: largest difference 0.5 at index \(1, 2\): 0 ≠ 0.5 \(allowed 1e-12\)$"
+        ):
             check(1, "same", a, b)
 
-    @pytest.mark.parametrize("relation, left, fine", [("<=", 1.0, True), ("<=", 3.0, False), (">=", 3.0, True), (">=", 1.0, False)])
+    @pytest.mark.parametrize(
+        "relation, left, fine", [("<=", 1.0, True), ("<=", 3.0, False), (">=", 3.0, True), (">=", 1.0, False)]
+    )
     def test_relations(self, relation, left, fine):
         if fine:
             check(1, "bound", left, 2.0, relation=relation)
@@ -57,7 +61,10 @@ class TestCheck:
     def test_tensors_of_any_kind(self):
         check(1, "float64", torch.ones(3, dtype=torch.float64, requires_grad=True), np.ones(3))
         check(1, "bfloat16", torch.tensor([0.5, 2.0], dtype=torch.bfloat16), [0.5, 2.0], tol=0)
-        check(1, "integers", torch.arange(3), [0, 1, 2], tol=0)
+        check(1, "integers", torch.arange(3), [0, 1, 2], tol=torch.zeros(3))
+        check(1, "a list of tensors", [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)], [1, 2])
+        check(1, "sparse", torch.eye(2).to_sparse(), np.eye(2))
+        check(1, "conjugated", torch.tensor([1j]).conj(), [-1j])
 
     def test_text_bytes_and_truth_values_of_arrays(self, capsys):
         check(1, "names", ["a", "b"], np.array(["a", "b"]))
@@ -79,7 +86,16 @@ class TestCheck:
         with pytest.raises(CheckFailed):
             check(1, "unsigned", np.array([0], np.uint64), np.array([2**64 - 1], np.uint64), tol=0)
 
+        with pytest.raises(CheckFailed, match="9007199254740993 ≠ 9007199254740992"):
+            check(1, "integer and float", [2**53 + 1], [2.0**53], tol=0)
+        with pytest.raises(CheckFailed, match="largest difference 1"):
+            check(1, "beyond 64 bits", 2**70, 2**70 + 1, tol=0)
+        with pytest.raises(CheckFailed):
+            check(1, "numpy would round these", [-1, 2**63], [-1, 2**63 + 1], tol=0)
+        check(1, "small and large", [0, 2**63 + 1], np.array([0, 2**63 + 1], np.uint64), tol=0)
+
     def test_infinities_and_nan(self):
+        check(1, "equal infinities, relatively", [np.inf], [np.inf], rtol=1e-3)
         check(1, "equal infinities", [np.inf, -np.inf], [np.inf, -np.inf])
         with pytest.raises(CheckFailed):
             check(1, "opposite infinities", np.inf, -np.inf)
@@ -99,8 +115,15 @@ class TestCheck:
         a = np.ones(3)
         with pytest.raises(ValueError, match="both sides are the same object"):
             check(1, "itself", a, a)
-        with pytest.raises(TypeError, match="compare two quantities, not a truth value"):
-            check(1, "bare", np.allclose(a, 1), True)
+        with pytest.raises(ValueError, match="both sides are the same object"):
+            check(1, "a view of itself", a, a[:])
+        tensor = torch.ones(2, requires_grad=True)
+        with pytest.raises(ValueError, match="both sides are the same object"):
+            check(1, "itself, detached", tensor, tensor.detach())
+        check(1, "another view", a[1:], a[:-1])
+        for yes in (np.allclose(a, 1), np.array(True), torch.tensor(True)):
+            with pytest.raises(TypeError, match="compare two quantities, not a truth value"):
+                check(1, "bare", yes, np.array(1))
         with pytest.raises(CheckFailed, match="nothing to compare"):
             check(1, "empty", [], [])
         for tol in (np.nan, np.inf, -1):
@@ -108,7 +131,11 @@ class TestCheck:
                 check(1, "anything goes", 1, 2, tol=tol)
 
     def test_shapes_that_differ(self):
-        with pytest.raises(ValueError, match=r"the left side has shape \(3,\), the right side \(1, 3\); make them equal"):
+        with pytest.raises(ValueError, match=r"the tolerance has shape \(2, 1\), the sides have \(3,\)"):
+            check(1, "band", np.ones(3), np.zeros(3), tol=[[1.0], [2.0]])
+        with pytest.raises(
+            ValueError, match=r"the left side has shape \(3,\), the right side \(1, 3\); make them equal"
+        ):
             check(1, "shapes", np.ones(3), np.ones((1, 3)))
 
     def test_things_that_are_no_numbers(self):
@@ -149,7 +176,7 @@ class TestExercise:
             return 2 * x
 
         verdict = self.double.verdict
-        not_yet = "not attempted yet: double; if it is, a `return` is missing"
+        not_yet = "not attempted yet: double; or a `return` is missing"
         assert verdict(stub) == verdict(not_implemented) == verdict(...) == not_yet
         assert verdict(lambda x, y: x + x + y) == "✓ double"
         assert verdict(lambda *both: 2 * both[0] + both[1]) == "✓ double"
@@ -158,7 +185,29 @@ class TestExercise:
         assert verdict(crash) == "✗ double: crash(1, 0) raises ZeroDivisionError: float division by zero"
         assert verdict(half_done) == "✗ double: half_done(2, 1) returns nothing; is a `return` missing on one path?"
         assert verdict(wrong_signature) == "✗ double: the function has to take (x, y); yours takes (x)"
-        assert verdict(3.0) == "✗ double: expected a function, got float: 3.0"
+        assert verdict(3.0) == "✗ double: expected a function, got float: 3"
+
+    def test_an_answer_may_not_change_the_cases(self):
+        total = Exercise("total", lambda x: x.sum(), cases=[(np.ones(3),)], hint="add")
+
+        def spoil(x):
+            x[:] = 0
+            return 0.0
+
+        assert total.verdict(spoil).startswith("✗ total: spoil([1, 1, 1]) gives 0, expected 3")
+        assert total.verdict(lambda x: 0.0).startswith("✗") and total.verdict(np.sum) == "✓ total"
+
+    def test_nothing_that_a_reader_writes_raises(self):
+        leave = Exercise("leave", lambda x: x, cases=[(1.0,)], wrong={"it fails": lambda x: [][0]}, hint="stay")
+        assert leave.verdict(lambda x: exit(3)) == "✗ leave: <lambda>(1) raises SystemExit: 3"
+        assert leave.verdict(lambda x: [[1], [1, 2]]) == "✗ leave: <lambda>(1) gives [[1], [1, 2]], expected 1. stay"
+        assert leave.verdict(lambda x: "y" * 1000).endswith("…, expected 1. stay")
+        assert leave.verdict(lambda x: torch.tensor(x, requires_grad=True)) == "✓ leave"
+        assert leave.verdict(lambda x: 1j).endswith("gives 0+1j, expected 1. stay")
+        for answer in (10**400, "0.5", {}):
+            assert self.half.verdict(answer).startswith("✗ one half: expected a number, got ")
+        assert self.half.verdict(torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)) == "✓ one half"
+        assert Exercise("infinity", np.inf, hint="more").verdict(np.inf) == "✓ infinity"
 
     def test_long_arguments_are_not_printed(self):
         total = Exercise("total", sum, cases=[([1.0, 2.0],), (range(100),)], hint="add")
@@ -192,7 +241,9 @@ class TestFigures:
 
     def test_show_gives_an_opaque_picture_with_its_text(self, monkeypatch):
         shown = {}
-        monkeypatch.setattr("helpers.teaching.figures.display", lambda data, raw, metadata: shown.update(data, meta=metadata))
+        monkeypatch.setattr(
+            "helpers.teaching.figures.display", lambda data, raw, metadata: shown.update(data, meta=metadata)
+        )
         figure, ax = plt.subplots()
         ax.plot([0, 1], [2, 4], label=r"$\alpha_k$")
         ax.set(xlabel="time (s)", ylabel="$V_k$")

@@ -55,10 +55,15 @@ def find_chromium() -> str:
             raise BrowserMissing(f"CHROMIUM={path} is no file: set it to the browser's program")
         return path
     names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
-    places = ["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium"]
+    places = [
+        "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+        "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    ]
     found = [path for name in names if (path := shutil.which(name))] + [p for p in places if Path(p).is_file()]
     if not found:
-        raise BrowserMissing("no Chromium found: install one (Debian: `apt-get install chromium`) or set CHROMIUM to its path")
+        raise BrowserMissing(
+            "no Chromium found: install one (Debian: `apt-get install chromium`) or set CHROMIUM to its path"
+        )
     return found[0]
 
 
@@ -83,8 +88,20 @@ def serve(folder: Path) -> Iterator[str]:
             "JUPYTERLAB_SETTINGS_DIR": str(work / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(work / "workspaces"),
         }
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-        command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={work / 'root'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+        ]
+        command += [
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={token}",
+            f"--ServerApp.root_dir={work / 'root'}",
+        ]
         command += ["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
         with (work / "lab.log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -113,7 +113,11 @@ def new(name: str, *, root: Path = ROOT) -> list[Path]:
         raise NameTaken(f"a topic is named like 13_diffusion, with two digits and small letters; got {name!r}")
     number, topic = match.groups()
     title = topic.replace("_", " ").capitalize()
-    files = [root / "notebooks" / f"{name}.ipynb", root / "helpers" / f"{topic}.py", root / "tests" / f"test_{topic}.py"]
+    files = [
+        root / "notebooks" / f"{name}.ipynb",
+        root / "helpers" / f"{topic}.py",
+        root / "tests" / f"test_{topic}.py",
+    ]
     for path in files:
         if path.exists():
             raise NameTaken(f"{path} exists already: choose another name or remove it")
@@ -123,7 +127,10 @@ def new(name: str, *, root: Path = ROOT) -> list[Path]:
             _code(_SETUP, "skip", tags=["setup"]),
             _code(_WIDGET, "-", folded=True),
             _markdown(_DERIVATION, "slide"),
-            _code('check(1, "sum of the first numbers", np.cumsum(np.arange(1, 9)), [n * (n + 1) / 2 for n in range(1, 9)])', "-"),
+            _code(
+                'check(1, "sum of the first numbers", np.cumsum(np.arange(1, 9)), [n * (n + 1) / 2 for n in range(1, 9)])',
+                "-",
+            ),
             _markdown("## 2 · What people get wrong\n\n…", "slide"),
             _code(_CHECKERS, "skip", tags=["exercise-checkers"], folded=True),
             _markdown(_EXERCISE, "slide"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from helpers.teaching.checks import to_numpy
 
 Answer = Any
 
@@ -48,18 +51,18 @@ class Exercise:
         self.wrong, self.hint, self.tol = dict(wrong or {}), hint, tol
 
     def __call__(self, answer: Answer) -> None:
+        """Print the verdict on `answer`."""
         print(self.verdict(answer))
 
     def verdict(self, answer: Answer) -> str:
-        """"✓ …", "not attempted yet …" or "✗ …" with a hint."""
+        """Judge `answer`: "✓ …", "not attempted yet …", or "✗ …" with a hint."""
         if answer is ... or answer is None:
             return self._not_attempted()
         if callable(self.expected):
             return self._judge_function(answer)
-        try:
-            value = np.asarray(answer, dtype=float)
-        except (TypeError, ValueError):
-            return self._reject(f"expected a number, got {type(answer).__name__}: {answer!r}")
+        value = _numbers(answer)
+        if value is None:
+            return self._reject(f"expected a number, got {type(answer).__name__}: {_short(answer)}")
         if self._same(value, self.expected):
             return self._accept()
         if np.isnan(value).any():
@@ -68,16 +71,16 @@ class Exercise:
 
     def _judge_function(self, answer: Answer) -> str:
         if not callable(answer):
-            return self._reject(f"expected a function, got {type(answer).__name__}: {answer!r}")
+            return self._reject(f"expected a function, got {type(answer).__name__}: {_short(answer)}")
         if complaint := self._signature_complaint(answer):
             return self._reject(complaint)
         results = []
         for case in self.cases:
             try:
-                result = answer(*case)
+                result = answer(*copy.deepcopy(case))  # a copy: it may change what it is given
             except NotImplementedError:
                 return self._not_attempted()
-            except Exception as error:  # the reader's code may raise anything; say what and where
+            except (Exception, SystemExit) as error:  # the reader's code may raise anything; say what and where
                 return self._reject(f"{_call(answer, case)} raises {type(error).__name__}: {error}")
             if result is None or result is ...:
                 if not results:
@@ -85,13 +88,19 @@ class Exercise:
                 return self._reject(f"{_call(answer, case)} returns nothing; is a `return` missing on one path?")
             results.append(result)
         for case, result in zip(self.cases, results, strict=True):
-            right = self.expected(*case)
+            right = self.expected(*copy.deepcopy(case))
             if not self._same(result, right):
-                known = self._hint_for(
-                    lambda wrong: all(self._same(r, wrong(*c)) for c, r in zip(self.cases, results, strict=True))
-                )
-                return self._reject(f"{_call(answer, case)} gives {_short(result)}, expected {_short(right)}. {known}")
+                hint = self._hint_for(lambda wrong: self._agrees(results, wrong))
+                return self._reject(f"{_call(answer, case)} gives {_short(result)}, expected {_short(right)}. {hint}")
         return self._accept()
+
+    def _agrees(self, results: Sequence[Any], wrong: Callable) -> bool:
+        """Whether a known wrong function gives these results."""
+        try:
+            known = [wrong(*copy.deepcopy(case)) for case in self.cases]
+        except Exception:  # a wrong answer may well be one that fails
+            return False
+        return all(self._same(a, b) for a, b in zip(results, known, strict=True))
 
     def _signature_complaint(self, answer: Callable) -> str:
         names = list(inspect.signature(self.expected).parameters)
@@ -105,11 +114,11 @@ class Exercise:
         return ""
 
     def _same(self, answer: Any, right: Any) -> bool:
-        try:
-            a, b = np.asarray(answer, dtype=float), np.asarray(right, dtype=float)
-        except (TypeError, ValueError):
+        a, b = _numbers(answer), _numbers(right)
+        if a is None or b is None or a.shape != b.shape:
             return False
-        return a.shape == b.shape and bool(np.all(np.abs(a - b) <= self.tol))
+        with np.errstate(invalid="ignore"):
+            return bool(np.all((a == b) | (np.abs(a - b) <= self.tol)))
 
     def _hint_for(self, gives: Callable[[Answer], bool]) -> str:
         return next((hint for hint, known in self.wrong.items() if gives(known)), self.hint)
@@ -118,17 +127,33 @@ class Exercise:
         return f"✓ {self.task}"
 
     def _not_attempted(self) -> str:
-        missing = "; if it is, a `return` is missing" if callable(self.expected) else ""
+        missing = "; or a `return` is missing" if callable(self.expected) else ""
         return f"not attempted yet: {self.task}{missing}"
 
     def _reject(self, reason: str) -> str:
         return f"✗ {self.task}: {reason}".rstrip()
 
 
+def _numbers(value: Any) -> np.ndarray | None:
+    """Turn an answer into an array of float64 or complex; None if it is something else."""
+    if isinstance(value, (str, bytes)):
+        return None
+    try:
+        array = np.asarray(to_numpy(value))
+        return array.astype(complex if array.dtype.kind == "c" else float)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def _short(value: Any) -> str:
-    if np.ndim(value):
-        return f"<{len(value)} values>" if len(value) > 6 else "[" + ", ".join(map(_short, value)) + "]"
-    return f"{value:.6g}" if np.asarray(value).dtype.kind in "iuf" else repr(value)
+    array = _numbers(value)
+    if array is None:
+        return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+    if array.size > 6:
+        return f"<{array.size} values>"
+    if array.ndim:
+        return "[" + ", ".join(map(_short, array)) + "]"
+    return f"{array[()]:.6g}"
 
 
 def _call(function: Callable, case: tuple) -> str:

@@ -187,7 +187,9 @@ def explore(
     draw, frame = freeze_globals(draw), freeze_globals(frame)
     for setting in (*stills, goal or {}):
         if unknown := set(setting) - set(controls):
-            raise ExploreError(f"stills and goal must name controls, and {unknown.pop()!r} is none of {', '.join(controls)}")
+            raise ExploreError(
+                f"stills and goal must name controls, and {unknown.pop()!r} is none of {', '.join(controls)}"
+            )
     explorer = Explorer(draw, alt, frame, panels, size, [dict(s) for s in stills], across, controls)
     if os.environ.get("DRIVE_WIDGETS") == "1":
         explorer.drive()
@@ -252,7 +254,9 @@ class Scene:
         self, draw: Draw, frame: Callable[..., None] | None, panels: tuple[int, int], size: tuple[float, float]
     ) -> None:
         self._draw = draw
-        self.figure = Figure(figsize=size, layout="constrained")  # unknown to pyplot: it is never shown twice and never leaks
+        self.figure = Figure(
+            figsize=size, layout="constrained"
+        )  # unknown to pyplot: it is never shown twice and never leaks
         self._canvas = FigureCanvasAgg(self.figure)
         self._axes = self.figure.subplots(*panels)
         if frame is not None:
@@ -314,7 +318,13 @@ class Scene:
     @staticmethod
     def _rest(axes: Axes) -> tuple[Any, ...]:
         titles = {side: axes.get_title(side) for side in ("left", "center", "right")}
-        return axes.dataLim.frozen(), axes.ignore_existing_data_limits, titles, axes.get_autoscalex_on(), axes.get_autoscaley_on()
+        return (
+            axes.dataLim.frozen(),
+            axes.ignore_existing_data_limits,
+            titles,
+            axes.get_autoscalex_on(),
+            axes.get_autoscaley_on(),
+        )
 
     def _clear(self) -> None:
         for artist in list(self._artists()):
@@ -398,7 +408,9 @@ class Explorer(ipywidgets.VBox):
         """Raise ExploreError when the present setting no longer gives the present picture: later code changed its data."""
         pixels = self._pixels
         if not np.array_equal(self._step(self.values)[0], pixels):
-            raise ExploreError(f"{self.name}() draws another picture than when it was built: a later cell changed its data")
+            raise ExploreError(
+                f"{self.name}() draws another picture than when it was built: a later cell changed its data"
+            )
 
     def _step(self, values: Mapping[str, Any], scene: Scene | None = None) -> tuple[np.ndarray, str]:
         try:
@@ -453,7 +465,9 @@ class Explorer(ipywidgets.VBox):
         for values, reached in ((self.values, False), ({**self.values, **setting}, True)):
             caption = self._step(values)[1]
             if ("✓ goal" in caption) != reached:
-                raise ExploreError(f"{self.name}(): the goal is {'not ' if reached else ''}reached at {values}: {caption}")
+                raise ExploreError(
+                    f"{self.name}(): the goal is {'not ' if reached else ''}reached at {values}: {caption}"
+                )
         self._step(self.values)
 
     def _still(self) -> tuple[np.ndarray, str]:
