@@ -8,7 +8,7 @@ NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 .PHONY: help lab install install-test test build look bench-widgets clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
 
 lab: install  ## open JupyterLab on 00_start_here
 	@echo "If no browser opens, copy the address below that begins with http://127.0.0.1 into one."

@@ -14,11 +14,12 @@ MINIMUM_PYTHON = (3, 11)
 
 # Import name -> the name to install. The names differ from the declared ones only where Python's do.
 REQUIRED_PACKAGES = {
-    "IPython": "jupyter",
     "ipywidgets": "ipywidgets",
+    "jupyterlab": "jupyterlab",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "PIL": "pillow",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "torch": "torch",
 }

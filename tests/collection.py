@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -70,7 +71,7 @@ def exercises(notebook: nbformat.NotebookNode) -> list[ExerciseCells]:
     """All stubs with the solutions that follow them."""
     found = []
     cells = notebook.cells
-    for here, after in zip(cells, cells[1:], strict=False):
+    for here, after in pairwise(cells):
         if "exercise" in here.metadata.get("tags", []):
             solution = re.search(r"<details>.*?Solution.*?```python\n(.*?)```.*?</details>", after.source, re.DOTALL)
             last = ast.parse(here.source).body[-1]

@@ -34,7 +34,8 @@ def notebook(tmp_path):
     cells = [
         new_code_cell(
             "import matplotlib.pyplot as plt\nfrom helpers.teaching import explore, show, slider\n"
-            "fig, ax = plt.subplots()\nax.plot([1, 3, 2])\nshow(fig, 'A line that goes up and down.')\nprint('a')\nprint('b')"
+            "fig, ax = plt.subplots()\nax.plot([1, 3, 2])\nshow(fig, 'A line that goes up and down.')\n"
+            "print('a')\nprint('b')"
         ),
         new_code_cell(
             "explore(lambda ax, n: ax.plot([0, n]) and None, alt='A line of a certain slope.', n=slider(1, 3))"
@@ -59,6 +60,20 @@ class TestBuild:
         assert not build.build(notebook).changed
         assert notebook.read_bytes() == before
 
+    def test_what_depends_on_the_machine_is_stored_anew_only_when_asked_for(self, notebook):
+        build.build(notebook)
+        stored = read(notebook).cells[2].outputs
+        build.build(notebook)
+        assert read(notebook).cells[2].outputs == stored
+        build.build(notebook, fresh=True)
+        assert read(notebook).cells[2].outputs != stored
+
+    def test_line_ends_are_mended(self, notebook):
+        build.build(notebook)
+        good = notebook.read_bytes()
+        notebook.write_bytes(good.replace(b"\n", b"\r\n"))
+        assert build.build(notebook).changed and notebook.read_bytes() == good
+
     def test_check_says_what_is_out_of_date_and_writes_nothing(self, notebook):
         build.build(notebook)
         text = notebook.read_text().replace("[1, 3, 2]", "[1, 3, 0]")
@@ -77,9 +92,10 @@ class TestBuild:
 
     def test_a_widget_that_a_later_cell_breaks_is_found(self, notebook):
         broken = read(notebook)
-        broken.cells[
-            1
-        ].source = "data = [0, 1]\nexplore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(2, 3))"
+        broken.cells[1].source = (
+            "data = [0, 1]\n"
+            "explore(lambda ax, n: ax.plot(data[:n]) and None, alt='A line of a certain length.', n=slider(2, 3))"
+        )
         broken.cells[2].source = "data.append(5); data[1] = 3"
         nbformat.write(broken, notebook)
         with pytest.raises(Exception, match="draws another picture than when it was built"):
@@ -183,15 +199,29 @@ class TestNew:
         assert [p.relative_to(tmp_path).as_posix() for p in made] == names
         notebook = read(made[0])
         assert equation_problems(build.clean(build.execute(notebook, ROOT))) == []
-        run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
-                              str(made[2])], cwd=tmp_path, capture_output=True, text=True,
-                             env={**__import__("os").environ, "PYTHONPATH": ""})  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(tmp_path),
+            str(made[2]),
+        ]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert "1 failed" in run.stdout, "the skeleton's test must remind its author that nothing is tested yet"
 
-    @pytest.mark.parametrize("name", ["diffusion", "1_x", "13-x", "13_X"])
+    @pytest.mark.parametrize("name", ["diffusion", "1_x", "13-x", "13_X", "13_lambda"])
     def test_names(self, tmp_path, name):
         with pytest.raises(new.NameTaken, match="a topic is named like 13_diffusion"):
             new.new(name, root=tmp_path)
+
+    @pytest.mark.parametrize("name, taken", [("01_other", "01_"), ("13_teaching", "teaching")])
+    def test_numbers_and_packages_are_taken(self, name, taken):
+        with pytest.raises(new.NameTaken, match=f"{taken}.* exists already"):
+            new.new(name)
 
     def test_nothing_is_overwritten(self, tmp_path):
         (tmp_path / "helpers").mkdir()

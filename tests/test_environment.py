@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
+import subprocess
 import sys
 import tomllib
 
 import pytest
 import yaml
 from collection import NOTEBOOKS, ROOT, read
+from jupyter_client.manager import start_new_kernel
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -44,7 +47,7 @@ def test_environment_yml_says_what_pyproject_says():
     assert conda == wanted | {"python": PYPROJECT["project"]["requires-python"]}
 
 
-def test_the_brief_s_dependencies_are_there():
+def test_what_the_collection_is_built_on_is_declared():
     assert {"jupyter", "numpy", "matplotlib", "torch", "ipywidgets", "nbval"} <= set(PYPI)
 
 
@@ -66,7 +69,7 @@ def test_what_the_package_requires_at_import_is_declared():
 def test_every_import_of_the_project_is_a_declared_dependency():
     provides = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "rattler": "py-rattler"}
     # Installed with what is declared, and documented as its parts.
-    parts = {"scipy": "scikit-learn", "cycler": "matplotlib", "nbformat": "nbval", "nbclient": "jupyter",
+    parts = {"cycler": "matplotlib", "nbformat": "nbval", "nbclient": "jupyter",
              "jupyter_client": "jupyter", "IPython": "jupyter", "packaging": "pytest"}  # fmt: skip
     sources = [p.read_text(encoding="utf-8") for folder in ("helpers", "tests") for p in (ROOT / folder).rglob("*.py")]
     sources.append((ROOT / "conftest.py").read_text(encoding="utf-8"))
@@ -83,6 +86,32 @@ def test_the_readme_and_ci_use_the_same_test_command():
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
     assert any("make test" in step.get("run", "") for step in workflow["jobs"]["make-test"]["steps"])
+
+
+def test_the_code_is_formatted_and_linted():
+    for command in (["check"], ["format", "--check"]):
+        run = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_tests_have_no_network():
+    for connect in ("connect", "connect_ex"):
+        with socket.socket() as out, pytest.raises(ConnectionRefusedError, match="the tests run without network"):
+            getattr(out, connect)(("192.0.2.1", 80))  # an address that is reserved for documentation
+
+
+def test_kernels_have_no_network():
+    manager, client = start_new_kernel()
+    try:
+        client.execute("import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)", reply=True, timeout=60)
+        reply = client.execute("1 / 0", reply=True, timeout=60)
+        assert reply["content"]["ename"] == "ZeroDivisionError"  # what a reply with an error looks like
+        reply = client.execute("socket.create_connection(('192.0.2.1', 80), timeout=5)", reply=True, timeout=60)
+        assert reply["content"]["ename"] == "ConnectionRefusedError"
+        assert "the tests run without network" in reply["content"]["evalue"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_an_old_python_is_named_with_the_mend(monkeypatch):

@@ -1,4 +1,4 @@
-"""Stochastic approximation against closed forms, exact recursions, numpy, scipy and scikit-learn."""
+"""Stochastic approximation against closed forms, listed outcomes, simulation and numpy."""
 
 from __future__ import annotations
 

@@ -19,6 +19,9 @@ def main() -> int:
     command = commands.add_parser("build", help="execute notebooks, clean and shrink what they store")
     command.add_argument("notebooks", **notebooks)
     command.add_argument("--check", action="store_true", help="write nothing; fail when a notebook is out of date")
+    command.add_argument(
+        "--fresh", action="store_true", help="store every output anew, also what depends on the machine"
+    )
 
     command = commands.add_parser("look", help="save pictures of the pages as JupyterLab shows them")
     command.add_argument("notebooks", **notebooks)
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         case "build":
             built = []
             for path in arguments.notebooks:
-                built.append(build.build(path, check=arguments.check))
+                built.append(build.build(path, check=arguments.check, fresh=arguments.fresh))
                 print(built[-1], flush=True)
             return int(arguments.check and any(one.changed for one in built))
         case "look":

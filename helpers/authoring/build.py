@@ -59,13 +59,15 @@ def notebooks() -> list[Path]:
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def build(path: Path, *, check: bool = False) -> Built:
+def build(path: Path, *, check: bool = False, fresh: bool = False) -> Built:
     """Execute the notebook at `path`, clean and shrink it, and write it back if anything is different.
 
     Parameters
     ----------
     check
         Only say whether the stored notebook is up to date; write nothing.
+    fresh
+        Store every output anew, also where the stored one says the same or depends on the machine.
 
     Raises
     ------
@@ -73,16 +75,18 @@ def build(path: Path, *, check: bool = False) -> Built:
         A cell fails, or the result is larger than 1 MB.
     """
     start = time.perf_counter()
-    old_text = path.read_text(encoding="utf-8")
-    stored = nbformat.reads(old_text, as_version=4)
-    fresh = clean(execute(stored, path.parent))
-    keep_what_is_the_same(stored, fresh)
-    text = nbformat.writes(fresh) + "\n"
+    before = path.read_bytes()
+    stored = nbformat.reads(before.decode(), as_version=4)
+    executed = clean(execute(stored, path.parent))
+    if not fresh:
+        keep_what_is_the_same(stored, executed)
+    text = nbformat.writes(executed) + "\n"
     if len(text.encode()) > LARGEST_NOTEBOOK:
         raise BuildError(f"{path.name} would have {len(text.encode())} bytes; {LARGEST_NOTEBOOK} is the limit")
-    if text != old_text and not check:
-        path.write_text(text, encoding="utf-8", newline="\n")
-    return Built(path, text, text != old_text, time.perf_counter() - start)
+    changed = text.encode() != before
+    if changed and not check:
+        path.write_bytes(text.encode())
+    return Built(path, text, changed, time.perf_counter() - start)
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
@@ -158,8 +162,12 @@ def keep_what_is_the_same(stored: NotebookNode, fresh: NotebookNode) -> None:
     for old, new in zip(stored.cells, fresh.cells, strict=True):
         if old.cell_type != "code":
             continue
-        if VOLATILE in old.metadata.get("tags", []) and old.outputs:
-            new.outputs = old.outputs
+        if VOLATILE in old.metadata.get("tags", []):
+            if [o.output_type for o in old.outputs] == [o.output_type for o in new.outputs]:
+                new.outputs = copy.deepcopy(old.outputs)
+                for output in new.outputs:
+                    if "execution_count" in output:
+                        output.execution_count = new.execution_count
             continue
         for before, after in zip(old.outputs, new.outputs, strict=False):
             a, b = (output.get("data", {}).get("image/png") for output in (before, after))

@@ -159,15 +159,15 @@ class NotebookPage:
         return self.page.evaluate(_ERRORS)
 
     def explorers(self) -> list[Locator]:
-        """The widgets that show a picture, top to bottom."""
+        """Find the widgets that show a picture, top to bottom."""
         return self.page.locator(".jp-OutputArea-output .widget-vbox:has(> img.widget-image)").all()
 
     def picture_of(self, explorer: Locator) -> str:
-        """An address of the picture that changes whenever the picture does."""
+        """Return an address of the picture that changes whenever the picture does."""
         return explorer.locator("img.widget-image").get_attribute("src") or ""
 
     def press(self, explorer: Locator, key: str, *, control: int = 0, patience: float = 5.0) -> bool:
-        """Press `key` on slider number `control` of `explorer`; whether another picture came within `patience` seconds."""
+        """Press `key` on a slider of `explorer`; say whether another picture came within `patience` seconds."""
         image = explorer.locator("img.widget-image")
         old = self.picture_of(explorer)
         handle = explorer.locator(".noUi-handle").nth(control)
@@ -186,8 +186,8 @@ class NotebookPage:
         view = self.page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer").first
         # Up to the end of the last cell: below it Lab leaves a blank screen for scrolling.
         screen, total = view.evaluate(
-            "v => [v.clientHeight, v.scrollTop + [...v.querySelectorAll('.jp-Cell')].at(-1).getBoundingClientRect().bottom"
-            " - v.getBoundingClientRect().top]"
+            "v => { const last = [...v.querySelectorAll('.jp-Cell')].at(-1).getBoundingClientRect();"
+            " return [v.clientHeight, v.scrollTop + last.bottom - v.getBoundingClientRect().top] }"
         )
         step = screen - 60
         pages = []

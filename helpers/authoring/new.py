@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from pathlib import Path
 
@@ -86,9 +87,21 @@ answer = 10 * 11 / 2
 
 - …"""
 
-_MODULE = '"""{title}: one line that says what this module computes.\n\nEquation numbers are those of ``notebooks/{name}.ipynb``. Sources: …\n"""\n'
+_MODULE = """\"\"\"{title}: one line that says what this module computes.
 
-_TEST = '"""{title} against independent oracles."""\n\n\ndef test_something():\n    raise NotImplementedError("compare with brute force, a closed form, another library or a golden")\n'
+Equation numbers are those of ``notebooks/{name}.ipynb``. Sources: …
+\"\"\"
+"""
+
+_TEST = """\"\"\"{title} against independent oracles.\"\"\"
+
+
+def test_something():
+    raise NotImplementedError("compare with brute force, a closed form, another library or a golden")
+"""
+
+_CHECK = """n = np.arange(1, 9)
+check(1, "sum of the first numbers", np.cumsum(n), n * (n + 1) / 2)"""
 
 
 def new(name: str, *, root: Path = ROOT) -> list[Path]:
@@ -109,7 +122,8 @@ def new(name: str, *, root: Path = ROOT) -> list[Path]:
     NameTaken
         `name` has another form, or one of the files exists; nothing is written then.
     """
-    if not (match := re.fullmatch(r"(\d\d)_([a-z][a-z0-9_]*)", name)):
+    match = re.fullmatch(r"(\d\d)_([a-z][a-z0-9_]*)", name)
+    if not match or keyword.iskeyword(match[2]):
         raise NameTaken(f"a topic is named like 13_diffusion, with two digits and small letters; got {name!r}")
     number, topic = match.groups()
     title = topic.replace("_", " ").capitalize()
@@ -118,7 +132,7 @@ def new(name: str, *, root: Path = ROOT) -> list[Path]:
         root / "helpers" / f"{topic}.py",
         root / "tests" / f"test_{topic}.py",
     ]
-    for path in files:
+    for path in (*root.glob(f"notebooks/{number}_*"), root / "helpers" / topic, *files):
         if path.exists():
             raise NameTaken(f"{path} exists already: choose another name or remove it")
     notebook = new_notebook(
@@ -127,10 +141,7 @@ def new(name: str, *, root: Path = ROOT) -> list[Path]:
             _code(_SETUP, "skip", tags=["setup"]),
             _code(_WIDGET, "-", folded=True),
             _markdown(_DERIVATION, "slide"),
-            _code(
-                'check(1, "sum of the first numbers", np.cumsum(np.arange(1, 9)), [n * (n + 1) / 2 for n in range(1, 9)])',
-                "-",
-            ),
+            _code(_CHECK, "-"),
             _markdown("## 2 · What people get wrong\n\n…", "slide"),
             _code(_CHECKERS, "skip", tags=["exercise-checkers"], folded=True),
             _markdown(_EXERCISE, "slide"),

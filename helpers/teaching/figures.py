@@ -20,6 +20,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 # Okabe & Ito's palette, told apart with every common colour blindness. Yellow is left out: unreadable on white.
@@ -108,11 +109,10 @@ def _describe_axes(axes: Axes) -> str:
             parts.append(f"{name} axis {plain(label)}")
     curves = [line for line in axes.lines if not line.get_label().startswith("_")]
     for line in curves:
-        x, y = (np.ma.compressed(np.ma.masked_invalid(np.asarray(data, float))) for data in line.get_data())
+        y = np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(_coordinates(line, 1), float)))
         if y.size:
-            parts.append(
-                f"curve “{plain(line.get_label())}” ends at {y[-1]:.2g} and lies between {y.min():.2g} and {y.max():.2g}"
-            )
+            ends = f"ends at {y[-1]:.2g} and lies between {y.min():.2g} and {y.max():.2g}"
+            parts.append(f"curve “{plain(line.get_label())}” {ends}")
     parts += [f"{len(c.patches)} bars" for c in axes.containers if isinstance(c, BarContainer)]
     parts += [f"{len(c.get_offsets())} points" for c in axes.collections if isinstance(c, PathCollection)]
     return "; ".join(parts) + "."
@@ -149,8 +149,11 @@ def require_finite(artists: list[Any]) -> None:
 
     A curve with NaN has a silent gap and one with infinity a silent spike: both look like data. A gap that is
     meant is declared with ``np.ma.fix_invalid``. (``masked_invalid`` does not do: matplotlib masks so by itself.)
+    Not found: what matplotlib leaves out before it draws, as in ``fill_between``, ``contour`` and ``quiver``.
     """
     for artist in artists:
+        if isinstance(artist, Axes):  # an inset
+            require_finite(artist.get_children())
         for values in _drawn_values(artist):
             if not np.isfinite(values).all():
                 label = str(artist.get_label() or "")
@@ -161,10 +164,18 @@ def require_finite(artists: list[Any]) -> None:
                 )
 
 
+def _coordinates(line: Line2D, which: int) -> np.ndarray:
+    """Return what the line was given, with its mask, or for categories and dates the numbers they became."""
+    given = line.get_data(orig=True)[which]
+    return given if np.ma.asarray(given).dtype.kind in "biuf" else line.get_data(orig=False)[which]
+
+
 def _drawn_values(artist: Any) -> list[np.ndarray]:
     values = []
     if isinstance(artist, Line2D):
-        values += artist.get_data(orig=True)  # as given: the mask is still there
+        values += (_coordinates(artist, which) for which in (0, 1))
+    elif isinstance(artist, Text):
+        values.append(artist.get_unitless_position())
     elif isinstance(artist, PathCollection):
         values.append(artist.get_offsets())
     elif isinstance(artist, Collection):  # filled areas, bundles of lines

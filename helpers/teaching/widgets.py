@@ -4,6 +4,7 @@ How it is fast. The figure is created once. What `frame` draws (axes, labels, gu
 bitmap; each step restores the bitmap, throws the previous step's artists away, calls `draw` and paints only
 what `draw` added. A step costs about 15–25 ms instead of the 130 ms of ``interact`` with ``plt.show``. When
 `draw` changes the axes themselves (limits, ticks, labels) the background is painted anew: slower, still right.
+Changing what `frame` drew does not work, and is found when the widget is driven.
 
 How it is tested. With the environment variable ``DRIVE_WIDGETS=1`` every widget, when it is built, moves each
 of its controls to the ends, the middle and every option, and each pair of controls to its corners, and raises
@@ -32,6 +33,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from helpers.teaching.figures import describe, encode_png, plain, render, require_finite
 
@@ -43,6 +45,7 @@ EXPLORERS: weakref.WeakValueDictionary[int, Explorer] = weakref.WeakValueDiction
 _numbers = itertools.count()
 
 _CONTROL_LAYOUT = {"width": "330px"}
+_MATH = re.compile(r"\$[^$]*\$")  # must not be broken into lines
 _NATURAL_SIZE = {"max_width": "100%", "align_self": "flex-start"}  # stretched pixels would be blurred
 _CONTROL_STYLE = {"description_width": "initial"}
 
@@ -127,7 +130,7 @@ def choice(
     build = ipywidgets.SelectionSlider if ordered else ipywidgets.Dropdown
     return build(
         options=pairs,
-        value=pairs[0][1] if value is None else value,
+        value=value if value in [v for _, v in pairs] else pairs[0][1],
         description=label,
         layout=_CONTROL_LAYOUT,
         style=_CONTROL_STYLE,
@@ -201,7 +204,8 @@ def explore(
 def freeze_globals(function: Any, _done: dict[int, Any] | None = None) -> Any:
     """Copy a function so that it keeps seeing the global variables as they are now, and so do the functions it calls.
 
-    Only functions of the same module (the notebook) are copied; anything else is returned as it is.
+    Only plain functions of the same module (the notebook) are copied; anything else, such as a method or a
+    function wrapped by ``lru_cache``, is returned as it is and goes on seeing later values.
     """
     if not isinstance(function, types.FunctionType):
         return function
@@ -227,6 +231,11 @@ def _global_names(code: types.CodeType) -> set[str]:
 def _require_matching_arguments(draw: Draw, controls: Mapping[str, Control]) -> None:
     name = getattr(draw, "__name__", "draw")
     parameters = list(inspect.signature(draw).parameters.values())
+    for parameter in parameters[1:]:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ExploreError(
+                f"{name}() has an argument {str(parameter)!r} that cannot be named: give it a plain name"
+            )
     if not parameters:
         raise ExploreError(f"{name}() must take the axes to draw on as its first argument")
     arguments = [p.name for p in parameters[1:]]
@@ -251,20 +260,33 @@ class Scene:
     """A figure whose changing part can be drawn again quickly."""
 
     def __init__(
-        self, draw: Draw, frame: Callable[..., None] | None, panels: tuple[int, int], size: tuple[float, float]
+        self,
+        draw: Draw,
+        frame: Callable[..., None] | None,
+        panels: tuple[int, int],
+        size: tuple[float, float],
+        places: Sequence[Bbox] = (),
     ) -> None:
         self._draw = draw
-        self.figure = Figure(
-            figsize=size, layout="constrained"
-        )  # unknown to pyplot: it is never shown twice and never leaks
+        self.figure = Figure(figsize=size, layout="constrained")  # unknown to pyplot: never shown twice, never leaks
         self._canvas = FigureCanvasAgg(self.figure)
         self._axes = self.figure.subplots(*panels)
         if frame is not None:
             frame(self._axes)
+        self._all_axes = list(self.figure.axes)
         self._fixed = {id(artist) for artist in self._artists()}
-        self._resting = [self._rest(axes) for axes in self.figure.axes]
+        self._resting = [_AxesState(axes) for axes in self._all_axes]
         self._background: Any = None
         self._background_look: Any = None
+        if places:
+            self.figure.set_layout_engine("none")
+            for axes, place in zip(self._all_axes, places, strict=True):
+                axes.set_position(place)
+
+    @property
+    def places(self) -> list[Bbox]:
+        """Where the axes stand on the figure, once the layout is solved."""
+        return [axes.get_position(original=True) for axes in self._all_axes]
 
     def step(self, values: Mapping[str, Any]) -> tuple[np.ndarray, str]:
         """Draw the picture at `values`. Returns pixels of shape (height, width, 3) and the caption."""
@@ -272,74 +294,113 @@ class Scene:
         caption = self._draw(self._axes, **values) or ""
         if not isinstance(caption, str):
             raise TypeError(f"draw returned a {type(caption).__name__}; it may return a line of text or nothing")
-        if re.search(r"\b(nan|inf)\b", caption):
+        if re.search(r"(?<![\w-])[-+]?(nan|inf)(?![\w-])", caption):
             raise ValueError(f"the text below the picture holds a value that is not finite: {caption}")
+        if self.figure.axes != self._all_axes:
+            raise ValueError("draw adds axes (a colorbar, a twin); make them in frame, once")
         moving = [artist for artist in self._artists() if id(artist) not in self._fixed]
         require_finite(moving)
-        for axes in self.figure.axes:  # titles change often, and what is drawn must not cover the frame's lines
+        for axes in self._all_axes:  # titles change often, and what is drawn must not cover the frame's lines
             moving += [axes.title, axes._left_title, axes._right_title, *axes.spines.values()]
-        if self._background is None or self._look() != self._background_look:
+        look = [_look(axes) for axes in self._all_axes]
+        if self._background is None or look != self._background_look:
             self._paint_background(moving)
+            self._background_look = look
         self._canvas.restore_region(self._background)
         for artist in sorted(moving, key=lambda artist: artist.get_zorder()):
             self.figure.draw_artist(artist)
         return np.asarray(self._canvas.buffer_rgba())[..., :3].copy(), caption
 
     def _paint_background(self, moving: Sequence[Artist]) -> None:
-        if self._background is None:  # solve the layout once, with everything in place, and freeze it
-            self.figure.get_layout_engine().execute(self.figure)
+        engine = self.figure.get_layout_engine()
+        if engine is not None and self._background is None:  # solve the layout once, with everything in place
+            engine.execute(self.figure)
             self.figure.set_layout_engine("none")
         for artist in moving:
             artist.set_animated(True)
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(self.figure.bbox)
-        self._background_look = self._look()
 
     def _artists(self) -> Iterator[Artist]:
-        yield from itertools.chain(self.figure.texts, *(axes.get_children() for axes in self.figure.axes))
-
-    def _look(self) -> list[tuple]:
-        """Everything about the axes that is baked into the background and that `draw` might change."""
-        return [
-            (
-                *axes.get_xlim(),
-                *axes.get_ylim(),
-                axes.get_xscale(),
-                axes.get_yscale(),
-                axes.get_xlabel(),
-                axes.get_ylabel(),
-                tuple(axes.get_xticks()),
-                tuple(axes.get_yticks()),
-                axes.get_visible(),
-            )
-            for axes in self.figure.axes
-        ]
-
-    @staticmethod
-    def _rest(axes: Axes) -> tuple[Any, ...]:
-        titles = {side: axes.get_title(side) for side in ("left", "center", "right")}
-        return (
-            axes.dataLim.frozen(),
-            axes.ignore_existing_data_limits,
-            titles,
-            axes.get_autoscalex_on(),
-            axes.get_autoscaley_on(),
-        )
+        figure = self.figure
+        on_figure = (figure.texts, figure.lines, figure.patches, figure.artists, figure.images, figure.legends)
+        yield from itertools.chain(*on_figure, *(axes.get_children() for axes in self._all_axes))
 
     def _clear(self) -> None:
         for artist in list(self._artists()):
             if id(artist) not in self._fixed:
                 artist.remove()
-        for axes, (limits, ignore, titles, autoscale_x, autoscale_y) in zip(
-            self.figure.axes, self._resting, strict=True
-        ):
-            axes.dataLim.set(limits)
-            axes.ignore_existing_data_limits = ignore
-            axes.set_autoscalex_on(autoscale_x)
-            axes.set_autoscaley_on(autoscale_y)
-            axes.set_prop_cycle(None)  # else the first curve would change its colour from step to step
-            for side, title in titles.items():
-                axes.set_title(title, loc=side)
+        for axes, state in zip(self._all_axes, self._resting, strict=True):
+            state.restore(axes)
+
+
+class _AxesState:
+    """What `frame` left of one panel, apart from its artists, so that no step builds on the step before."""
+
+    def __init__(self, axes: Axes) -> None:
+        self._limits = axes.dataLim.frozen()
+        self._ignore_limits = axes.ignore_existing_data_limits
+        self._titles = {side: axes.get_title(side) for side in ("left", "center", "right")}
+        self._containers = len(axes.containers)
+        self._settings = {
+            "xscale": axes.get_xscale(),
+            "yscale": axes.get_yscale(),
+            "xlabel": axes.get_xlabel(),
+            "ylabel": axes.get_ylabel(),
+            "facecolor": axes.get_facecolor(),
+            "aspect": axes.get_aspect(),
+        }
+        self._view = (*axes.get_xlim(), *axes.get_ylim(), axes.get_autoscalex_on(), axes.get_autoscaley_on())
+        # Tick locators and formatters belong to the scale: keep the objects, as setting a scale replaces them.
+        self._ticks = [
+            (kind, getattr(axis, f"get_{level}_{kind}")(), level, name)
+            for name, axis in (("xaxis", axes.xaxis), ("yaxis", axes.yaxis))
+            for level in ("major", "minor")
+            for kind in ("locator", "formatter")
+        ]
+
+    def restore(self, axes: Axes) -> None:
+        """Put `axes` back into this state."""
+        changed = {k: v for k, v in self._settings.items() if getattr(axes, f"get_{k}")() != v}
+        for scale in ("xscale", "yscale"):  # first: it resets the limits and the ticks
+            if scale in changed:
+                getattr(axes, f"set_{scale}")(changed.pop(scale))
+        if changed:
+            axes.set(**changed)
+        for kind, ticks, level, name in self._ticks:
+            axis = getattr(axes, name)
+            if getattr(axis, f"get_{level}_{kind}")() is not ticks:
+                getattr(axis, f"set_{level}_{kind}")(ticks)
+        left, right, bottom, top, autoscale_x, autoscale_y = self._view
+        axes.set_xlim(left, right, auto=autoscale_x)
+        axes.set_ylim(bottom, top, auto=autoscale_y)
+        axes.dataLim.set(self._limits)
+        axes.ignore_existing_data_limits = self._ignore_limits
+        del axes.containers[self._containers :]
+        axes.set_prop_cycle(None)  # else the first curve would change its colour from step to step
+        for side, title in self._titles.items():
+            axes.set_title(title, loc=side)
+
+
+def _look(axes: Axes) -> tuple:
+    """Everything about the axes that is baked into the background and that `draw` might change."""
+    return (
+        *axes.get_xlim(),
+        *axes.get_ylim(),
+        axes.get_xscale(),
+        axes.get_yscale(),
+        axes.get_xlabel(),
+        axes.get_ylabel(),
+        axes.get_facecolor(),
+        axes.get_aspect(),
+        axes.get_visible(),
+        axes.axison,
+        *(
+            (tuple(axis.get_ticklocs(minor=minor)), axis.get_major_formatter(), axis.get_minor_formatter())
+            for axis in (axes.xaxis, axes.yaxis)
+            for minor in (False, True)
+        ),
+    )
 
 
 class Explorer(ipywidgets.VBox):
@@ -358,8 +419,8 @@ class Explorer(ipywidgets.VBox):
     ) -> None:
         if len(alt.split()) < 4:
             raise ExploreError(f"alt={alt!r} does not describe the picture: say in a sentence what is to be seen")
-        self._new_scene = lambda scale: Scene(draw, frame, panels, (size[0] * scale, size[1]))
-        self._scene = self._new_scene(1)
+        self._new_scene = lambda width=1.0, places=(): Scene(draw, frame, panels, (size[0] * width, size[1]), places)
+        self._scene = self._new_scene()
         self.name = getattr(draw, "__name__", "draw")
         self._alt, self._stills, self._across = alt, stills, across
         self.controls = dict(controls)
@@ -401,11 +462,11 @@ class Explorer(ipywidgets.VBox):
         return self._pixels
 
     def redraw_in_full(self) -> np.ndarray:
-        """Render the present setting from nothing on a new figure: what a step must equal, and the cost to beat."""
-        return self._new_scene(1).step(self.values)[0]
+        """Render the present setting from nothing on a new figure: what a step must equal."""
+        return self._step(self.values, self._new_scene(places=self._scene.places))[0]
 
     def require_unchanged(self) -> None:
-        """Raise ExploreError when the present setting no longer gives the present picture: later code changed its data."""
+        """Raise ExploreError when the present setting no longer gives the present picture."""
         pixels = self._pixels
         if not np.array_equal(self._step(self.values)[0], pixels):
             raise ExploreError(
@@ -447,7 +508,9 @@ class Explorer(ipywidgets.VBox):
             At the first setting at which `draw` fails.
         """
         start, count = self.values, 0
-        settings = [{name: value} for name, control in self.controls.items() for value in _probes(control)]
+        # The last probe of each control comes first, so that a comparison with a full redraw costs one per control.
+        settings = [{name: _probes(control)[-1]} for name, control in self.controls.items()]
+        settings += [{name: value} for name, control in self.controls.items() for value in _probes(control)[:-1]]
         for (a, first), (b, second) in itertools.combinations(self.controls.items(), 2):
             settings += [{a: x, b: y} for x in _ends(first) for y in _ends(second)]
         for setting in settings:
@@ -456,6 +519,11 @@ class Explorer(ipywidgets.VBox):
                 if self.error is not None:
                     raise self.error
             count += 1
+            if count <= len(self.controls) and not np.array_equal(self._pixels, self.redraw_in_full()):
+                raise ExploreError(
+                    f"{self.name}() at {self.values} does not look as if drawn from nothing: "
+                    "draw may only add to the axes; what it changes of them or of the frame's drawing stays"
+                )
         for name, value in start.items():
             self.controls[name].value = value
         return count
@@ -471,7 +539,7 @@ class Explorer(ipywidgets.VBox):
         self._step(self.values)
 
     def _still(self) -> tuple[np.ndarray, str]:
-        """The picture for readers without a kernel, and its text."""
+        """Compose the picture for readers without a kernel, and its text."""
         tiles, texts = [], []
         scene = self._scene if self._across == 1 else self._new_scene(1 / self._across)
         for setting in self._stills or [{}]:
@@ -519,13 +587,13 @@ def _html(caption: str) -> str:
 
 def _with_text(pixels: np.ndarray, heading: str, caption: str) -> np.ndarray:
     """Put `heading` above and `caption` below a picture."""
-    height, width = pixels.shape[:2]
+    width = pixels.shape[1]
     strips = [pixels]
-    for text, weight, where in ((heading, "bold", 0), (caption, "normal", len(strips))):
+    for text, weight in ((heading, "bold"), (caption, "normal")):
         if text:
-            lines = textwrap.wrap(text, max(20, width // 8))
+            lines = textwrap.wrap(_MATH.sub(lambda m: m[0].replace(" ", "\0"), text), max(20, width // 8))
             strip = Figure(figsize=(width / 100, 0.06 + 0.2 * len(lines)), dpi=100)
-            strip.text(0.01, 0.5, "\n".join(lines), va="center", weight=weight, fontsize=11)
+            strip.text(0.01, 0.5, "\n".join(lines).replace("\0", " "), va="center", weight=weight, fontsize=11)
             strips.insert(0 if weight == "bold" else len(strips), _fit(render(strip), width))
     return np.concatenate(strips)
 
