@@ -10,11 +10,12 @@ import sys
 import nbformat
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 from collection import NOTEBOOKS, ROOT, equation_problems, read
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from helpers.authoring import bench, build, new
+from helpers.authoring import bench, build, export, new
 from helpers.authoring.__main__ import main
 
 
@@ -188,6 +189,21 @@ class TestCommandLine:
             from helpers.authoring.lab import find_chromium
 
             find_chromium()
+
+
+class TestExport:
+    @pytest.mark.parametrize("slides", [False, True])
+    def test_every_picture_has_its_text(self, slides, tmp_path):
+        path = NOTEBOOKS[1]
+        page = BeautifulSoup(export.export(path, tmp_path, slides=slides).read_text(encoding="utf-8"), "html.parser")
+        texts = [image["alt"] for image in page.find_all("img") if image["src"].startswith("data:image/png")]
+        stored = [
+            o.data["text/plain"]
+            for c in read(path).cells
+            for o in c.get("outputs", [])
+            if "image/png" in o.get("data", {})
+        ]
+        assert texts == stored and len(texts) >= 8
 
 
 class TestNew:

@@ -70,6 +70,9 @@ def test_every_import_of_the_project_is_a_declared_dependency():
     provides = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "rattler": "py-rattler"}
     # Installed with what is declared, and documented as its parts.
     parts = {"cycler": "matplotlib", "nbformat": "nbval", "nbclient": "jupyter",
+        "nbconvert": "jupyter",
+        "jinja2": "jupyter",
+        "bs4": "jupyter",
              "jupyter_client": "jupyter", "IPython": "jupyter", "packaging": "pytest"}  # fmt: skip
     sources = [p.read_text(encoding="utf-8") for folder in ("helpers", "tests") for p in (ROOT / folder).rglob("*.py")]
     sources.append((ROOT / "conftest.py").read_text(encoding="utf-8"))

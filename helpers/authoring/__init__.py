@@ -1,1 +1,1 @@
-"""What maintainers run: ``python -m helpers.authoring build | look | bench | new``. Notebooks never import it."""
+"""What maintainers run, and notebooks never import; ``python -m helpers.authoring --help`` lists the commands."""

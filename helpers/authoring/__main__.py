@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from helpers.authoring import bench, build, look, new
+from helpers.authoring import bench, build, export, look, new
 from helpers.authoring.lab import BrowserMissing
 
 
@@ -34,6 +34,11 @@ def main() -> int:
 
     command = commands.add_parser("bench", help="time a step of every slider in a live kernel")
     command.add_argument("notebooks", **notebooks)
+
+    command = commands.add_parser("export", help="write HTML pages whose pictures have alternative texts")
+    command.add_argument("notebooks", **notebooks)
+    command.add_argument("--slides", action="store_true", help="slides instead of pages")
+    command.add_argument("--to", type=Path, default=Path("build/html"), help="folder for the pages")
 
     command = commands.add_parser("new", help="start a topic: notebook, helper module and test")
     command.add_argument("name", help="such as 13_diffusion")
@@ -73,6 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
                     slow += timing.median > bench.LIMIT_MS
             print(f"{slow} controls above {bench.LIMIT_MS:.0f} ms")
             return int(slow > 0)
+        case "export":
+            for path in arguments.notebooks:
+                print(export.export(path, arguments.to, slides=arguments.slides))
         case "new":
             for path in new.new(arguments.name):
                 print(path)

@@ -29,6 +29,7 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -588,12 +589,13 @@ def _html(caption: str) -> str:
 def _with_text(pixels: np.ndarray, heading: str, caption: str) -> np.ndarray:
     """Put `heading` above and `caption` below a picture."""
     width = pixels.shape[1]
+    size, dpi = rcParams["font.size"], rcParams["figure.dpi"]
     strips = [pixels]
     for text, weight in ((heading, "bold"), (caption, "normal")):
         if text:
-            lines = textwrap.wrap(_MATH.sub(lambda m: m[0].replace(" ", "\0"), text), max(20, width // 8))
-            strip = Figure(figsize=(width / 100, 0.06 + 0.2 * len(lines)), dpi=100)
-            strip.text(0.01, 0.5, "\n".join(lines).replace("\0", " "), va="center", weight=weight, fontsize=11)
+            lines = textwrap.wrap(_MATH.sub(lambda m: m[0].replace(" ", "\0"), text), int(128 * width / dpi / size))
+            strip = Figure(figsize=(width / dpi, 0.06 + 0.018 * size * len(lines)))
+            strip.text(0.01, 0.5, "\n".join(lines).replace("\0", " "), va="center", weight=weight)
             strips.insert(0 if weight == "bold" else len(strips), _fit(render(strip), width))
     return np.concatenate(strips)
 
