@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -85,3 +87,12 @@ def exercise_setup(notebook: nbformat.NotebookNode) -> str:
     """All code that an exercise may rely on: the first cell's imports and the checkers."""
     wanted = ("setup", "exercise-checkers")
     return "\n\n".join(c.source for c in notebook.cells if set(wanted) & set(c.metadata.get("tags", [])))
+
+
+def skip_unless_pinned(*packages):
+    """Skip where another version is installed than the one that made what is stored."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    for package in packages:
+        if metadata.version(package).split("+")[0] != pins[package]:
+            pytest.skip(f"compared only with the version of {package} in constraints.txt")

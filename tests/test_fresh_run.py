@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from importlib import metadata
 
 import pytest
-from collection import NOTEBOOKS, ROOT, read
+from collection import NOTEBOOKS, read, skip_unless_pinned
 
 from helpers.authoring.build import clean, execute, keep_what_is_the_same, picture_difference
 
 SECONDS = 40  # the promise is 15 s on an idle machine; here every widget is driven besides, and another process works
-
-
-def skip_unless_pinned(*packages):
-    """Skip where another version is installed than the one that made what is stored."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    for package in packages:
-        if metadata.version(package).split("+")[0] != pins[package]:
-            pytest.skip(f"compared only with the version of {package} in constraints.txt")
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
