@@ -12,7 +12,7 @@ help:  ## list the targets
 
 lab: install  ## open JupyterLab on 00_start_here
 	@echo "If no browser opens, copy the address below that begins with http://127.0.0.1 into one."
-	$(BIN)/jupyter lab $(LAB_FLAGS) notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(LAB_FLAGS) --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
 install: .venv/installed  ## make .venv with all that the notebooks need
 
