@@ -74,7 +74,7 @@ def power_steps(exponent: float, count: int, *, scale: float = 1.0, shift: float
 def robbins_monro(
     measure: Measure, start: ArrayLike, steps: ArrayLike, *, freeze_beyond: float = np.inf
 ) -> NDArray[np.float64]:
-    """Iterate w_{k+1} = w_k - a_k g̃(w_k, η_k); Eq. (6), Robbins & Monro 1951, eq. (8) with target 0.
+    """Iterate w_{k+1} = w_k - a_k g̃(w_k, η_k); Eq. (6), Robbins & Monro 1951.
 
     Parameters
     ----------

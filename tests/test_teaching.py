@@ -288,7 +288,7 @@ class TestFigures:
         with np.errstate(invalid="ignore"):
             draw(ax)
         with pytest.raises(ValueError, match="the picture would hold a value that is not finite"):
-            require_finite(ax.get_children())
+            show(ax.figure, "A figure with a value that is missing.")
 
     def test_gaps_can_be_declared(self):
         _, ax = plt.subplots()
@@ -420,6 +420,8 @@ class TestExplore:
             with pytest.raises(ExploreError, match="text below the picture holds a value that is not finite"):
                 explore(lambda ax, power: f"error {bad}.", alt="Nothing is drawn, it fails.", power=slider(0, 1))  # noqa: B023
         widget(draw=lambda ax, power: "the inf-norm of information")
+        with pytest.raises(ValueError, match="a value that is not finite"):
+            widget(frame=lambda ax: ax.plot([0, np.nan]))
 
     @pytest.mark.parametrize("controls, message", [
         ({"powr": slider(0, 1)}, r"draw\(\) has no argument 'powr' for a control: did you mean 'power'\?"),

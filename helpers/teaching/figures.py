@@ -83,9 +83,15 @@ def show(figure: Figure, alt: str) -> None:
         Any matplotlib figure. It is closed, so it is shown once.
     alt
         What a reader who cannot see the picture should take from it, in a sentence or two.
+
+    Raises
+    ------
+    ValueError
+        `alt` is hardly a description, or something is drawn at a value that is not finite.
     """
     if len(alt.split()) < 4:
         raise ValueError(f"alt={alt!r} does not describe the figure: say in a sentence what is to be seen")
+    require_finite(figure.axes)
     plt.close(figure)
     text = f"{alt} {describe(figure)}"
     # The text is an output like any other: nbval compares it, and with it the range of every curve.
@@ -152,7 +158,7 @@ def require_finite(artists: list[Any]) -> None:
     Not found: what matplotlib leaves out before it draws, as in ``fill_between``, ``contour`` and ``quiver``.
     """
     for artist in artists:
-        if isinstance(artist, Axes):  # an inset
+        if isinstance(artist, Axes):
             require_finite(artist.get_children())
         for values in _drawn_values(artist):
             if not np.isfinite(values).all():

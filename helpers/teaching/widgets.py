@@ -275,6 +275,7 @@ class Scene:
         if frame is not None:
             frame(self._axes)
         self._all_axes = list(self.figure.axes)
+        require_finite(list(self._artists()))
         self._fixed = {id(artist) for artist in self._artists()}
         self._resting = [_AxesState(axes) for axes in self._all_axes]
         self._background: Any = None
