@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import weakref
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -15,7 +17,7 @@ from PIL import Image
 from helpers.teaching import Exercise, check, choice, explore, set_style, show, slider, switch
 from helpers.teaching.checks import CheckFailed
 from helpers.teaching.figures import COLORS, describe, plain, require_finite
-from helpers.teaching.widgets import ExploreError, freeze_globals
+from helpers.teaching.widgets import EXPLORERS, ExploreError, freeze_globals
 
 
 @pytest.fixture(autouse=True)
@@ -475,6 +477,21 @@ class TestExplore:
         )
         names["widget"].require_unchanged()
         names["widget"].drive()
+
+    def test_running_a_cell_again_frees_its_widgets(self, monkeypatch):
+        run = ["cell a", 1]
+        monkeypatch.setattr("helpers.teaching.widgets._present_run", lambda: tuple(run))
+        first, beside = widget(), widget()
+        figure = weakref.ref(first.figure)
+        run[:] = "cell b", 2
+        other = widget()
+        assert all(w.comm is not None for w in (first, beside, other))
+        run[:] = "cell a", 3
+        again = widget()
+        assert [w.comm is None for w in (first, beside, other, again)] == [True, True, False, False]
+        assert first.controls["power"].comm is None and again.controls["power"].comm is not None
+        gc.collect()
+        assert figure() is None and first not in EXPLORERS.values()
 
     def test_changed_data_is_noticed(self):
         data = np.array([0.0, 1.0])
