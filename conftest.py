@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
+
 ROOT = Path(__file__).parent
 
 os.environ["OMP_NUM_THREADS"] = "1"  # with two workers on two cores, more threads only get in each other's way
@@ -19,6 +21,10 @@ _profile = Path(tempfile.mkdtemp(prefix="ipython"))
     (ROOT / "tests" / "offline.py").read_text(encoding="utf-8"), encoding="utf-8"
 )
 os.environ["IPYTHONDIR"] = str(_profile)
+
+# No example may fail for being slow, and every run tries the same ones.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 sys.path.insert(0, str(ROOT / "tests"))
 import offline  # noqa: E402, F401  (importing it closes the network in this process)

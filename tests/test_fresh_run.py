@@ -10,7 +10,7 @@ from collection import NOTEBOOKS, read, skip_unless_pinned
 
 from helpers.authoring.build import clean, execute, keep_what_is_the_same, picture_difference
 
-SECONDS = 40  # the promise is 15 s on an idle machine; here every widget is driven besides, and another process works
+SECONDS = 60  # the promise is 15 s on an idle machine; here every widget is driven besides, and another process works
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
