@@ -7,6 +7,7 @@ import base64
 import io
 import re
 
+import nbformat
 import pytest
 from collection import NOTEBOOKS, ROOT, TOPICS, calls, equation_problems, exercises, read
 from PIL import Image
@@ -67,6 +68,7 @@ def test_every_code_cell_was_run_in_order_without_warnings(path):
 def test_nothing_that_belongs_to_one_machine_is_stored(path):
     text = path.read_text(encoding="utf-8")
     notebook = read(path)
+    nbformat.validate(notebook)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert "application/vnd.jupyter.widget" not in text
     for pattern in (r"/home/", r"/Users/", r"/root/", r"/tmp/", r"[A-Z]:\\\\", r"site-packages", r" at 0x[0-9a-f]"):
