@@ -27,6 +27,8 @@ from helpers.teaching.figures import render, require_finite
 
 Draw = Callable[..., str | None]
 
+# What `draw` may change of a panel: put back before each step, and baked into the background.
+_SETTINGS = ("xscale", "yscale", "xlabel", "ylabel", "facecolor", "aspect")
 _MATH = re.compile(r"\$[^$]*\$")  # must not be broken into lines
 
 
@@ -117,14 +119,7 @@ class _AxesState:
         self._ignore_limits = axes.ignore_existing_data_limits
         self._titles = {side: axes.get_title(side) for side in ("left", "center", "right")}
         self._containers = len(axes.containers)
-        self._settings = {
-            "xscale": axes.get_xscale(),
-            "yscale": axes.get_yscale(),
-            "xlabel": axes.get_xlabel(),
-            "ylabel": axes.get_ylabel(),
-            "facecolor": axes.get_facecolor(),
-            "aspect": axes.get_aspect(),
-        }
+        self._settings = {name: getattr(axes, f"get_{name}")() for name in _SETTINGS}
         self._view = (*axes.get_xlim(), *axes.get_ylim(), axes.get_autoscalex_on(), axes.get_autoscaley_on())
         # Tick locators and formatters belong to the scale: keep the objects, as setting a scale replaces them.
         self._ticks = [
@@ -159,23 +154,18 @@ class _AxesState:
 
 def _look(axes: Axes) -> tuple:
     """Everything about the axes that is baked into the background and that `draw` might change."""
-    return (
-        *axes.get_xlim(),
-        *axes.get_ylim(),
-        axes.get_xscale(),
-        axes.get_yscale(),
-        axes.get_xlabel(),
-        axes.get_ylabel(),
-        axes.get_facecolor(),
-        axes.get_aspect(),
-        axes.get_visible(),
-        axes.axison,
-        *(
-            (tuple(axis.get_ticklocs(minor=minor)), axis.get_major_formatter(), axis.get_minor_formatter())
-            for axis in (axes.xaxis, axes.yaxis)
-            for minor in (False, True)
-        ),
-    )
+    ticks = [
+        (
+            *axis.get_ticklocs(),
+            None,
+            *axis.get_ticklocs(minor=True),
+            axis.get_major_formatter(),
+            axis.get_minor_formatter(),
+        )
+        for axis in (axes.xaxis, axes.yaxis)
+    ]
+    settings = [getattr(axes, f"get_{name}")() for name in _SETTINGS]
+    return *axes.get_xlim(), *axes.get_ylim(), *settings, axes.get_visible(), axes.axison, *ticks
 
 
 def with_text(pixels: np.ndarray, heading: str, caption: str) -> np.ndarray:
