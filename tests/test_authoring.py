@@ -87,7 +87,7 @@ class TestBuild:
         broken.cells[0].source = "1 / 0"
         nbformat.write(broken, notebook)
         before = notebook.read_bytes()
-        with pytest.raises(Exception, match="ZeroDivisionError"):
+        with pytest.raises(build.BuildError, match="ZeroDivisionError"):
             build.build(notebook)
         assert notebook.read_bytes() == before
 
@@ -99,7 +99,7 @@ class TestBuild:
         )
         broken.cells[2].source = "data.append(5); data[1] = 3"
         nbformat.write(broken, notebook)
-        with pytest.raises(Exception, match="draws another picture than when it was built"):
+        with pytest.raises(build.BuildError, match="draws another picture than when it was built"):
             build.build(notebook)
 
     def test_too_large_a_notebook_is_refused(self, notebook, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from PIL import Image
 
@@ -94,6 +95,11 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
     In the end all widgets are driven and have to draw what they drew when they were built: a widget may work at
     its cell and still break later, when other cells change what it uses.
+
+    Raises
+    ------
+    BuildError
+        A cell fails, or a widget does not draw what it drew.
     """
     fresh = copy.deepcopy(notebook)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread: results and times do not depend on the machine
@@ -106,7 +112,10 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         resources={"metadata": {"path": str(folder)}},
     )
     fresh.cells.append(nbformat.v4.new_code_cell(_DRIVE_AGAIN))
-    client.execute(env=os.environ | {"DRIVE_WIDGETS": "0"})  # at the end only; nbval drives them at their cells
+    try:
+        client.execute(env=os.environ | {"DRIVE_WIDGETS": "0"})  # at the end only; nbval drives them at their cells
+    except CellExecutionError as error:
+        raise BuildError(str(error)) from None
     fresh.cells.pop()
     return fresh
 
