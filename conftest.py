@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,4 @@ import offline  # noqa: E402, F401  (importing it closes the network in this pro
 
 def pytest_sessionfinish(session):
     """Remove the profile."""
-    import shutil
-
     shutil.rmtree(_profile, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import nbformat
 import pytest
 from collection import NOTEBOOKS, read, skip_unless_pinned
 
@@ -41,8 +42,6 @@ def test_every_picture_is_the_stored_one(run):
 
 
 def test_a_rebuild_changes_no_byte(run):
-    import nbformat
-
     skip_unless_pinned("matplotlib", "numpy", "scipy", "scikit-learn", "torch")
     stored, fresh, _ = run
     keep_what_is_the_same(stored, fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -67,6 +68,19 @@ def find_chromium() -> str:
     return found[0]
 
 
+def require_browser() -> str:
+    """Path of the browser to drive.
+
+    Raises
+    ------
+    BrowserMissing
+        With what to install: playwright, or a browser.
+    """
+    if importlib.util.find_spec("playwright") is None:
+        raise BrowserMissing("playwright is not installed: run `pip install -c constraints.txt -e '.[test]'`")
+    return find_chromium()
+
+
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """Serve a copy of `folder` in JupyterLab; yields the address of a notebook, with ``{}`` for its name."""
@@ -96,13 +110,12 @@ def serve(folder: Path) -> Iterator[str]:
             "--allow-root",
             "--ip=127.0.0.1",
             f"--port={port}",
-        ]
-        command += [
             "--ServerApp.port_retries=0",
             f"--IdentityProvider.token={token}",
             f"--ServerApp.root_dir={work / 'root'}",
+            "--LabApp.expose_app_in_browser=True",
+            "--LabApp.extension_manager=readonly",
         ]
-        command += ["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
         with (work / "lab.log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -208,11 +221,9 @@ def open_notebook(path: Path, *, size: tuple[int, int] = (1180, 1500)) -> Iterat
     BrowserMissing
         With what to install.
     """
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise BrowserMissing("playwright is not installed: run `pip install -c constraints.txt -e '.[test]'`") from None
-    chromium = find_chromium()
+    chromium = require_browser()
+    from playwright.sync_api import sync_playwright  # here: most commands do without
+
     with serve(path.parent) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=_CHROMIUM_FLAGS)
         try:

@@ -7,16 +7,14 @@ import os
 import pytest
 from collection import NOTEBOOKS, ROOT
 
-from helpers.authoring.lab import BrowserMissing, find_chromium, open_notebook
+from helpers.authoring.lab import BrowserMissing, open_notebook, require_browser
 
 PICTURES = ROOT / "pictures"
 
 try:
-    import playwright.sync_api  # noqa: F401
-
-    find_chromium()
+    require_browser()
     missing = ""
-except (BrowserMissing, ImportError) as error:
+except BrowserMissing as error:
     missing = str(error)
 
 pytestmark = pytest.mark.skipif(bool(missing) and os.environ.get("REQUIRE_BROWSER") != "1", reason=missing)
