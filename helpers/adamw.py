@@ -8,7 +8,7 @@ Parameters have the meaning and the bounds that they have in ``torch.optim``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = TypeVar("Array", float, NDArray, "torch.Tensor")
+Rate: TypeAlias = "float | NDArray | torch.Tensor"
 
 
 class SGDState(NamedTuple):
@@ -38,22 +39,22 @@ def sgd_step(
     gradient: Array,
     state: SGDState | None = None,
     *,
-    lr: ArrayLike = 1e-3,
+    lr: Rate = 1e-3,
     momentum: float = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: Rate = 0.0,
 ) -> tuple[Array, SGDState]:
-    """Step of SGD with L2 regularization: the decay joins the gradient; Eq. (9) and (11).
+    """Step of SGD with L2 regularization: the decay joins the gradient; left side of Eq. (9).
 
     Parameters
     ----------
     theta
-        The parameters: a number, an array or a torch tensor. It is not changed, and its dtype is kept.
+        The parameters: a number, an array or a torch tensor of floating type. It is not changed.
     gradient
         Gradient of the loss at `theta`, without the penalty; same shape.
     state
         What the step before returned; None before the first step.
     lr
-        Learning rate α ≥ 0: a number, or an array that broadcasts against `theta`, such as one rate for each run.
+        Learning rate α ≥ 0: a number, or an array that broadcasts to theta's shape, such as one rate for each run.
     momentum
         μ ≥ 0; the velocity is μ times the former velocity plus the gradient.
     weight_decay
@@ -69,8 +70,7 @@ def sgd_step(
     ValueError
         A shape does not fit, or a parameter lies outside its bounds; the same bounds as in torch.
     """
-    _check_parameters(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    _check_shapes(theta, gradient, state)
+    _check(theta, gradient, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
     velocity = gradient + weight_decay * theta
     if state is not None:
         velocity = momentum * state.velocity + velocity
@@ -82,15 +82,16 @@ def sgdw_step(
     gradient: Array,
     state: SGDState | None = None,
     *,
-    lr: ArrayLike = 1e-3,
+    lr: Rate = 1e-3,
     momentum: float = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: Rate = 0.0,
 ) -> tuple[Array, SGDState]:
-    """Step of SGD with decoupled weight decay: first shrink by 1 - αλ, then move; Eq. (10), Loshchilov & Hutter alg. 1.
+    """Step of SGD with decoupled weight decay: first shrink by 1 - αλ, then move; right side of Eq. (9).
 
-    Parameters, returns and errors are those of `sgd_step`. Unlike in the paper, λ is multiplied by α.
+    Parameters, returns and errors are those of `sgd_step`. In Loshchilov & Hutter's algorithm 1, the decay is not
+    multiplied by α, and α stands inside the velocity, which differs when α changes along the way.
     """
-    _check_parameters(lr=lr, weight_decay=weight_decay)
+    _check(theta, gradient, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return sgd_step(theta * (1 - lr * weight_decay), gradient, state, lr=lr, momentum=momentum)
 
 
@@ -99,24 +100,24 @@ def adam_step(
     gradient: Array,
     state: AdamState | None = None,
     *,
-    lr: ArrayLike = 1e-3,
+    lr: Rate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: Rate = 0.0,
     bias_correction: bool = True,
 ) -> tuple[Array, AdamState]:
-    """Step of Adam with L2 regularization: the decay joins the gradient and passes both moments; Eq. (5) and (8).
+    """Step of Adam with L2 regularization: the decay joins the gradient and passes both moments; Eq. (5), section 5.
 
     Parameters
     ----------
     theta
-        The parameters: a number, an array or a torch tensor. It is not changed, and its dtype is kept.
+        The parameters: a number, an array or a torch tensor of floating type. It is not changed.
     gradient
         Gradient of the loss at `theta`, without the penalty; same shape.
     state
         What the step before returned; None before the first step.
     lr
-        Learning rate α ≥ 0: a number, or an array that broadcasts against `theta`, such as one rate for each run.
+        Learning rate α ≥ 0: a number, or an array that broadcasts to theta's shape, such as one rate for each run.
     betas
         β₁ and β₂ of the two exponential averages, each in [0, 1).
     eps
@@ -136,17 +137,9 @@ def adam_step(
     ValueError
         A shape does not fit, or a parameter lies outside its bounds; the same bounds as in torch.
     """
-    _check_parameters(lr=lr, eps=eps, weight_decay=weight_decay)
+    _check(theta, gradient, state, lr=lr, eps=eps, weight_decay=weight_decay)
     _check_betas(betas)
-    _check_shapes(theta, gradient, state)
-    gradient = gradient + weight_decay * theta
-    step, first, second = state or AdamState(0, 0 * gradient, 0 * gradient)
-    step += 1
-    first = betas[0] * first + (1 - betas[0]) * gradient
-    second = betas[1] * second + (1 - betas[1]) * gradient * gradient
-    corrections = [1 - beta**step if bias_correction else 1.0 for beta in betas]
-    scale = (second / corrections[1]) ** 0.5 + eps
-    return theta - lr * (first / corrections[0]) / scale, AdamState(step, first, second)
+    return _adam_move(theta, gradient + weight_decay * theta, state, lr, betas, eps, bias_correction)
 
 
 def adamw_step(
@@ -154,20 +147,38 @@ def adamw_step(
     gradient: Array,
     state: AdamState | None = None,
     *,
-    lr: ArrayLike = 1e-3,
+    lr: Rate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: ArrayLike = 0.01,
+    weight_decay: Rate = 0.01,
     bias_correction: bool = True,
 ) -> tuple[Array, AdamState]:
-    """Step of AdamW: first shrink by 1 - αλ, then Adam's step on the bare gradient; Loshchilov & Hutter alg. 2.
+    """Step of AdamW: first shrink by 1 - αλ, then Adam's step on the bare gradient; section 5 and Eq. (18).
 
-    Parameters, returns and errors are those of `adam_step`. Unlike in the paper, λ is multiplied by α, as in torch.
+    Parameters, returns and errors are those of `adam_step`. As in torch, and unlike in Loshchilov & Hutter's
+    algorithm 2, the decay is multiplied by α.
     """
-    _check_parameters(lr=lr, weight_decay=weight_decay)
-    return adam_step(
-        theta * (1 - lr * weight_decay), gradient, state, lr=lr, betas=betas, eps=eps, bias_correction=bias_correction
-    )
+    _check(theta, gradient, state, lr=lr, eps=eps, weight_decay=weight_decay)
+    _check_betas(betas)
+    return _adam_move(theta * (1 - lr * weight_decay), gradient, state, lr, betas, eps, bias_correction)
+
+
+def _adam_move(
+    theta: Array,
+    gradient: Array,
+    state: AdamState | None,
+    lr: Any,
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool,
+) -> tuple[Array, AdamState]:
+    step, first, second = state or AdamState(0, 0 * gradient, 0 * gradient)
+    step += 1
+    first = betas[0] * first + (1 - betas[0]) * gradient
+    second = betas[1] * second + (1 - betas[1]) * gradient * gradient
+    correction1, correction2 = (1 - beta**step if bias_correction else 1.0 for beta in betas)
+    scale = (second / correction2) ** 0.5 + eps
+    return theta - first * (lr / correction1) / scale, AdamState(step, first, second)
 
 
 def trajectory(
@@ -257,9 +268,9 @@ def largest_step(step: ArrayLike, betas: tuple[float, float] = (0.9, 0.999)) -> 
     """
     t = np.asarray(step, dtype=float)
     _check_betas(betas)
-    ratio = betas[0] ** 2 / betas[1]
-    if not ratio < 1:
+    if not betas[0] ** 2 < betas[1]:
         raise ValueError(f"a bound needs β₁² < β₂, got betas={betas}")
+    ratio = betas[0] ** 2 / betas[1]
     bound = (1 - betas[0]) / np.sqrt(1 - betas[1]) * np.sqrt((1 - ratio**t) / (1 - ratio))
     return bound / uncorrected_ratio(t, betas)
 
@@ -270,7 +281,7 @@ def equilibrium_rms(lr: ArrayLike, weight_decay: ArrayLike, beta1: float = 0.9) 
     Parameters
     ----------
     lr, weight_decay
-        α > 0 and λ > 0 with αλ < 1.
+        α > 0 and λ > 0 with αλ < 2.
     beta1
         β₁ in [0, 1). β₂ is taken near 1, so that √v̂ is the noise's root mean square.
 
@@ -278,19 +289,35 @@ def equilibrium_rms(lr: ArrayLike, weight_decay: ArrayLike, beta1: float = 0.9) 
     -------
     ndarray
         Near √(α/2λ) when αλ is far below 1 - β₁.
+
+    Raises
+    ------
+    ValueError
+        The weight would never settle, or β₁ lies outside [0, 1).
     """
-    _check_parameters(lr=lr, weight_decay=weight_decay)
     _check_betas((beta1, 0.0))
-    keep = 1 - np.asarray(lr, dtype=float) * weight_decay
-    if not ((keep > 0) & (keep < 1)).all():
-        raise ValueError(f"a weight settles only if 0 < lr · weight_decay < 1, got {lr=}, {weight_decay=}")
+    lr, weight_decay = np.asarray(lr, dtype=float), np.asarray(weight_decay, dtype=float)
+    keep = 1 - lr * weight_decay
+    if not ((lr > 0) & (np.abs(keep) < 1)).all():
+        raise ValueError(f"a weight settles only if lr > 0 and 0 < lr · weight_decay < 2, got {lr=}, {weight_decay=}")
     smoothing = (1 - beta1) / (1 + beta1) * (1 + keep * beta1) / (1 - keep * beta1)
     return lr * np.sqrt(smoothing / (1 - keep**2))
 
 
-def _check_parameters(**parameters: Any) -> None:
+def _check(theta: Any, gradient: Any, state: SGDState | AdamState | None, **parameters: Any) -> None:
+    """Raise ValueError when shapes do not fit together or a parameter is negative or NaN."""
+    shape = tuple(np.shape(theta))
+    if tuple(np.shape(gradient)) != shape:
+        raise ValueError(f"the gradient has shape {tuple(np.shape(gradient))}, expected {shape} as theta")
+    if state is not None and tuple(np.shape(state[-1])) != shape:
+        raise ValueError(f"the state is of parameters of shape {tuple(np.shape(state[-1]))}, expected {shape} as theta")
     for name, value in parameters.items():
-        smallest = value if isinstance(value, (int, float)) else value.min()
+        smallest = value
+        if not isinstance(value, (int, float)):
+            smallest = np.min(np.asarray(value))
+            size = tuple(np.shape(value))
+            if len(size) > len(shape) or np.broadcast_shapes(size, shape) != shape:
+                raise ValueError(f"{name} of shape {size} does not broadcast to theta's shape {shape}")
         if not smallest >= 0:  # also refuses NaN
             raise ValueError(f"{name} must be at least 0, got {smallest}")
 
@@ -299,11 +326,3 @@ def _check_betas(betas: tuple[float, float]) -> None:
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must lie in [0, 1), got {beta}")
-
-
-def _check_shapes(theta: Any, gradient: Any, state: SGDState | AdamState | None) -> None:
-    shape = tuple(np.shape(theta))
-    if tuple(np.shape(gradient)) != shape:
-        raise ValueError(f"the gradient has shape {tuple(np.shape(gradient))}, expected {shape} as theta")
-    if state is not None and tuple(np.shape(state[-1])) != shape:
-        raise ValueError(f"the state is of parameters of shape {tuple(np.shape(state[-1]))}, expected {shape} as theta")

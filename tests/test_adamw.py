@@ -223,7 +223,9 @@ class TestClosedForms:
         assert largest_step(t) == pytest.approx(np.sqrt(np.linalg.eigvalsh(np.outer(scaled, scaled))[-1]))
         assert largest_step(10**6) == pytest.approx(7.2703, abs=1e-4)
 
-    @pytest.mark.parametrize(("lr", "decay", "beta1"), [(0.01, 1.0, 0.0), (0.01, 1.0, 0.9), (0.1, 0.5, 0.99)])
+    @pytest.mark.parametrize(
+        ("lr", "decay", "beta1"), [(0.01, 1.0, 0.0), (0.01, 1.0, 0.9), (0.1, 0.5, 0.99), (0.5, 3.0, 0.9)]
+    )
     def test_equilibrium_solves_the_lyapunov_equation(self, lr, decay, beta1):
         """The stationary covariance of (θ, u) as a linear system in its three entries."""
         keep = 1 - lr * decay
@@ -293,6 +295,10 @@ class TestBadInput:
             adam_step(np.ones(2), np.ones(3))
         with pytest.raises(ValueError, match=r"state is of parameters of shape \(3,\), expected \(2,\)"):
             adam_step(np.ones(2), np.ones(2), adam_step(np.ones(3), np.ones(3))[1])
+        with pytest.raises(ValueError, match=r"lr of shape \(3, 1\) does not broadcast to theta's shape \(4,\)"):
+            adam_step(np.ones(4), np.ones(4), lr=np.ones((3, 1)))
+        with pytest.raises(ValueError, match="broadcast"):
+            sgd_step(np.ones(4), np.ones(4), weight_decay=np.ones(3))
         with pytest.raises(ValueError, match="state is of"):
             sgd_step(np.ones(2), np.ones(2), sgd_step(1.0, 1.0)[1], momentum=0.9)
 
@@ -309,7 +315,9 @@ class TestBadInput:
             uncorrected_ratio([0, 1])
         with pytest.raises(ValueError, match="β₁² < β₂"):
             largest_step(3, (0.9, 0.8))
-        for bad in ((0.0, 1.0), (1.0, 1.0), (1.0, 2.0)):
+        with pytest.raises(ValueError, match="β₁² < β₂"):
+            largest_step(3, (0.5, 0.0))
+        for bad in ((0.0, 1.0), (1.0, 2.0), (1.0, -1.0), (-1.0, -1.0), (np.nan, 1.0)):
             with pytest.raises(ValueError, match="settles only if"):
                 equilibrium_rms(*bad)
         with pytest.raises(ValueError, match=r"betas\[0\]"):
