@@ -5,8 +5,9 @@ Results are bit-compatible with TensorFlow 2.21's ``tf.feature_column``, without
 ``feature_column`` guide and `feature_column_v2.py` of TensorFlow; G. Pike's FarmHash (`farmhashna`, Fingerprint64);
 `sparse_cross_op.cc` for crosses.
 
-A *batch* is a mapping from names to values: arrays of shape (rows,) or (rows, values), or a list with one list of
-values for each row. In arrays, '' and -1 mean that a category is missing.
+A *batch* is a mapping from names to values: arrays of shape (rows,) or (rows, values), lists of the same shapes, or
+lists of lists of different lengths. As in TensorFlow, '' and -1 mean "missing" in a rectangle of categories, but not
+in lists of different lengths and not in a cross.
 """
 
 from __future__ import annotations
@@ -50,20 +51,33 @@ def _get(batch: Batch, key: str, name: str) -> Any:
     return batch[key]
 
 
-def _ragged(value: Any, name: str) -> tuple[NDArray[np.int64], NDArray, int]:
-    """Rows, values and number of rows of strings or integers; nothing is dropped yet."""
-    if not isinstance(value, np.ndarray):
-        value = list(value)
-        nested = [isinstance(row, (list, tuple, np.ndarray)) for row in value]
-        if any(nested) and not all(nested):
-            raise FeatureError(f"column {name!r}: some rows are lists and some are not")
-        sizes = np.array([len(row) for row in value] if value and nested[0] else [1] * len(value), int)
-        flat = list(itertools.chain.from_iterable(value)) if value and nested[0] else value
-        return np.repeat(np.arange(len(sizes)), sizes), _one_type(flat, name), len(sizes)
-    if value.ndim not in (1, 2):
-        raise FeatureError(f"column {name!r}: expected shape (rows,) or (rows, values), got {value.shape}")
-    rows = np.repeat(np.arange(len(value)), value[0].size if value.ndim == 2 and len(value) else 1)
-    return rows, _one_type(value.ravel(), name), len(value)
+class _Values(NamedTuple):
+    rows: NDArray[np.int64]
+    values: NDArray
+    count: int
+    rectangular: bool
+
+
+def _values(batch: Batch, key: str, name: str) -> _Values:
+    """Read the categories of one key, in the order of the rows; nothing is dropped yet."""
+    value = _get(batch, key, name)
+    if isinstance(value, np.ma.MaskedArray):
+        raise FeatureError(f"column {name!r}: masked arrays are not understood; fill the gaps with '' or -1")
+    if isinstance(value, np.ndarray):
+        if value.ndim not in (1, 2):
+            raise FeatureError(f"column {name!r}: expected shape (rows,) or (rows, values), got {value.shape}")
+        width = value.shape[1] if value.ndim == 2 else 1
+        return _Values(np.repeat(np.arange(len(value)), width), _one_type(value.ravel(), name), len(value), True)
+    if not isinstance(value, (list, tuple)):
+        raise FeatureError(f"column {name!r}: expected an array or a list with one entry a row, got {value!r}")
+    nested = [isinstance(row, (list, tuple, np.ndarray)) for row in value]
+    if len(set(nested)) > 1:
+        raise FeatureError(f"column {name!r}: some rows are lists and some are not")
+    lists = bool(nested) and nested[0]
+    sizes = np.array([len(row) for row in value] if lists else [1] * len(value), int)
+    flat = list(itertools.chain.from_iterable(value)) if lists else list(value)
+    rectangular = len(np.unique(sizes)) <= 1
+    return _Values(np.repeat(np.arange(len(sizes)), sizes), _one_type(flat, name), len(sizes), rectangular)
 
 
 def _one_type(values: Any, name: str) -> NDArray:
@@ -77,6 +91,8 @@ def _one_type(values: Any, name: str) -> NDArray:
                 f"column {name!r}: categories must be all text or all integers, got "
                 + ", ".join(sorted(kind.__name__ for kind in types))
             )
+        if not whole and any(value[-1:] in ("\0", b"\0") for value in values):
+            raise FeatureError(f"column {name!r}: a text that ends in NUL cannot be kept apart from one without")
         array = np.asarray(list(values)) if len(types) else np.zeros(0, str)
     if array.dtype.kind == "S":
         try:
@@ -85,7 +101,11 @@ def _one_type(values: Any, name: str) -> NDArray:
             raise FeatureError(f"column {name!r}: a category is not UTF-8: {error}") from None
     if array.dtype.kind not in "Uiu":
         raise FeatureError(f"column {name!r}: categories must be text or integers, got {array.dtype}")
-    return array if array.dtype.kind == "U" else array.astype(np.int64)
+    if array.dtype.kind == "U":
+        return array
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise FeatureError(f"column {name!r}: {array.max()} does not fit in 64 bits with a sign")
+    return array.astype(np.int64)
 
 
 def _present(values: NDArray) -> NDArray[np.bool_]:
@@ -133,7 +153,7 @@ class NumericColumn(Column):
     default_value
         Stands in for NaN; without it, NaN is an error.
     normalizer_fn
-        Applied to the float32 array of shape rows by `shape`.
+        Applied to the array of rows by `shape`, before it is rounded to float32.
     """
 
     key: str
@@ -142,8 +162,8 @@ class NumericColumn(Column):
     normalizer_fn: Callable[[NDArray], NDArray] | None = None
 
     def __post_init__(self) -> None:
-        if not self.shape or min(self.shape) < 1:
-            raise FeatureError(f"column {self.key!r}: shape must hold positive numbers, got {self.shape}")
+        if not isinstance(self.shape, tuple) or not self.shape or min(self.shape) < 1:
+            raise FeatureError(f"column {self.key!r}: shape must be a tuple of positive numbers, got {self.shape}")
 
     @property
     def name(self) -> str:
@@ -158,18 +178,27 @@ class NumericColumn(Column):
         return [self.key] if self.width == 1 else [f"{self.key}[{i}]" for i in range(self.width)]
 
     def dense(self, batch: Batch, tables: Mapping[str, NDArray] | None = None) -> NDArray[np.float32]:
-        x = self._float32(batch)
+        x = self.numbers(batch)
         missing = np.isnan(x)
         if missing.any():
             if self.default_value is None:
                 row = int(np.argwhere(missing)[0][0])
                 raise FeatureError(f"column {self.name!r}: row {row} is NaN and the column has no default_value")
-            x = np.where(missing, np.float32(self.default_value), x)
-        if self.normalizer_fn is not None:
-            x = np.asarray(self.normalizer_fn(x), np.float32)
-        return x.reshape(len(x), self.width)
+            x = np.where(missing, self.default_value, x)
+        return self.normalized(x).reshape(len(x), self.width)
 
-    def _float32(self, batch: Batch) -> NDArray[np.float32]:
+    def normalized(self, x: NDArray) -> NDArray[np.float32]:
+        """Apply the normalizer, then round to float32: in this order, as TensorFlow."""
+        if self.normalizer_fn is not None:
+            given, x = x, np.asarray(self.normalizer_fn(x))
+            if x.shape != given.shape or x.dtype.kind not in "biuf":
+                raise FeatureError(
+                    f"column {self.name!r}: normalizer_fn turned shape {given.shape} into {x.dtype} of shape {x.shape}"
+                )
+        return x.astype(np.float32)
+
+    def numbers(self, batch: Batch) -> NDArray:
+        """Read the numbers as they are, shape (rows, *shape)."""
         value = _get(batch, self.key, self.name)
         try:
             x = np.asarray(value)
@@ -179,7 +208,7 @@ class NumericColumn(Column):
             raise FeatureError(f"column {self.name!r}: expected numbers, got {x.dtype}")
         if x.ndim == 0 or x.size != len(x) * self.width:
             raise FeatureError(f"column {self.name!r}: expected shape (rows, *{self.shape}), got {x.shape}")
-        return x.astype(np.float32).reshape(len(x), *self.shape)
+        return x.reshape(len(x), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -197,8 +226,8 @@ class BucketizedColumn(Column):
             raise FeatureError(f"bucketized column: the source must be a one-dimensional numeric column, got "
                                f"{self.source_column}")  # fmt: skip
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
-        ascending = all(a < b for a, b in itertools.pairwise(self.boundaries))
-        if not self.boundaries or not ascending or np.isnan(self.boundaries).any():
+        numbers = all(isinstance(b, (int, float, np.number)) and b == b for b in self.boundaries)
+        if not self.boundaries or not numbers or not all(a < b for a, b in itertools.pairwise(self.boundaries)):
             raise FeatureError(f"column {self.name!r}: boundaries must be sorted and distinct, got {self.boundaries}")
 
     @property
@@ -220,12 +249,7 @@ class BucketizedColumn(Column):
 
     def buckets(self, batch: Batch) -> NDArray[np.int64]:
         """Bucket of each number, shape (rows, numbers)."""
-        source = self.source_column
-        x = source._float32(batch)
-        if source.default_value is not None:
-            x = np.where(np.isnan(x), np.float32(source.default_value), x)
-        if source.normalizer_fn is not None:
-            x = np.asarray(source.normalizer_fn(x), np.float32)
+        x = self.source_column.normalized(self.source_column.numbers(batch))
         return np.searchsorted(np.asarray(self.boundaries, np.float32), x, side="right")
 
     def sparse_ids(self, batch: Batch) -> SparseIds:
@@ -261,15 +285,21 @@ class CategoricalColumn(Column):
         return [str(i) for i in range(self.num_buckets)]
 
     def sparse_ids(self, batch: Batch) -> SparseIds:
-        rows, values, count = _ragged(_get(batch, self.key, self.name), self.name)
-        return self._from_values(rows, values, np.ones(len(rows), np.float32), count)
+        found = self.all_ids(batch)
+        known = found.ids >= 0
+        return SparseIds(found.rows[known], found.ids[known], found.weights[known], found.count)
 
-    def _from_values(self, rows: NDArray, values: NDArray, weights: NDArray, count: int) -> SparseIds:
-        present = _present(values)
-        rows, weights = rows[present], weights[present]
-        ids = self._ids(values[present], rows)
-        known = ids >= 0
-        return SparseIds(rows[known], ids[known], weights[known], count)
+    def all_ids(self, batch: Batch) -> SparseIds:
+        """Give what `sparse_ids` gives, and -1 for each category that has no id: a cross takes these, too."""
+        found = _values(batch, self.key, self.name)
+        return self._look_up(found, np.ones(len(found.rows), np.float32))
+
+    def _look_up(self, found: _Values, weights: NDArray[np.float32]) -> SparseIds:
+        rows, values, count, rectangular = found
+        if rectangular:
+            present = _present(values)
+            rows, values, weights = rows[present], values[present], weights[present]
+        return SparseIds(rows, self._ids(values, rows), weights, count)
 
     def _ids(self, values: NDArray, rows: NDArray) -> NDArray[np.int64]:
         raise NotImplementedError
@@ -328,7 +358,7 @@ class VocabularyListCategoricalColumn(CategoricalColumn):
         object.__setattr__(self, "vocabulary_list", tuple(self.vocabulary_list))
         if not self.vocabulary_list:
             raise FeatureError(f"column {self.key!r}: vocabulary_list must not be empty")
-        _one_type(self.vocabulary_list, self.key)
+        object.__setattr__(self, "vocabulary_list", tuple(_one_type(self.vocabulary_list, self.key).tolist()))
         if len(set(self.vocabulary_list)) < len(self.vocabulary_list):
             raise FeatureError(f"column {self.key!r}: vocabulary_list holds a value twice")
         if self.num_oov_buckets < 0:
@@ -341,7 +371,7 @@ class VocabularyListCategoricalColumn(CategoricalColumn):
     @classmethod
     def from_file(cls, key: str, path: str | Path, vocabulary_size: int | None = None, **options: Any) -> Any:
         """Read the vocabulary from a UTF-8 file, one entry a line, of which the first `vocabulary_size` count."""
-        entries = Path(path).read_text(encoding="utf-8").splitlines()
+        entries = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if vocabulary_size is not None and not 0 < vocabulary_size <= len(entries):
             raise FeatureError(f"column {key!r}: {path} holds {len(entries)} entries, not {vocabulary_size}")
         return cls(key, tuple(entries[:vocabulary_size]), **options)
@@ -415,7 +445,9 @@ class CrossedColumn(CategoricalColumn):
                 raise FeatureError(
                     f"crossed column: {key.name!r} is hashed already, and hashing twice collides more; give its name"
                 )
-            if not isinstance(key, (str, CategoricalColumn, BucketizedColumn)):
+            if not isinstance(key, (str, CategoricalColumn, BucketizedColumn)) or isinstance(
+                key, WeightedCategoricalColumn
+            ):
                 raise FeatureError(f"crossed column: a key must be a name or a column with ids, got {key}")
         if self.hash_bucket_size < 0:
             raise FeatureError(f"column {self.name!r}: hash_bucket_size must not be negative")
@@ -458,12 +490,10 @@ class CrossedColumn(CategoricalColumn):
 
     def _leaf(self, leaf: Any, batch: Batch) -> tuple[NDArray, NDArray[np.uint64], int]:
         if not isinstance(leaf, str):
-            sparse = leaf.sparse_ids(batch)
-            return sparse.rows, sparse.ids.astype(np.uint64), sparse.count
-        rows, values, count = _ragged(_get(batch, leaf, self.name), self.name)
-        present = _present(values)
-        values = values[present]
-        return rows[present], fingerprint64(values) if values.dtype.kind == "U" else values.astype(np.uint64), count
+            found = leaf.all_ids(batch) if isinstance(leaf, CategoricalColumn) else leaf.sparse_ids(batch)
+            return found.rows, found.ids.astype(np.uint64), found.count
+        rows, values, count, _ = _values(batch, leaf, self.name)
+        return rows, fingerprint64(values) if values.dtype.kind == "U" else values.astype(np.uint64), count
 
 
 @dataclass(frozen=True)
@@ -496,18 +526,21 @@ class WeightedCategoricalColumn(CategoricalColumn):
     def labels(self) -> list[str]:
         return self.categorical_column.labels
 
-    def sparse_ids(self, batch: Batch) -> SparseIds:
-        rows, values, count = _ragged(_get(batch, self.key, self.name), self.name)
+    def all_ids(self, batch: Batch) -> SparseIds:
+        found = _values(batch, self.key, self.name)
         given = _get(batch, self.weight_feature_key, self.name)
-        if not isinstance(given, np.ndarray) and len(given) and isinstance(given[0], (list, tuple, np.ndarray)):
-            sizes = [len(row) for row in given]
-            weights = np.array(list(itertools.chain.from_iterable(given)), np.float32)
-        else:
-            sizes = [int(np.prod(np.shape(given)[1:]))] * len(given)
-            weights = np.asarray(given, np.float32).ravel()
-        if sizes != np.bincount(rows, minlength=count).tolist():
+        try:
+            if isinstance(given, (list, tuple)) and given and isinstance(given[0], (list, tuple, np.ndarray)):
+                sizes = [len(row) for row in given]
+                weights = np.array(list(itertools.chain.from_iterable(given)), np.float32)
+            else:
+                sizes = [int(np.prod(np.shape(given)[1:]))] * len(given)
+                weights = np.asarray(given, np.float32).ravel()
+        except (TypeError, ValueError):
+            raise FeatureError(f"column {self.name!r}: the weights must be numbers, got {given!r}") from None
+        if sizes != np.bincount(found.rows, minlength=found.count).tolist():
             raise FeatureError(f"column {self.name!r}: weights and categories differ in shape")
-        return self.categorical_column._from_values(rows, values, weights, count)
+        return self.categorical_column._look_up(found, weights)
 
 
 # --- dense columns of categories ----------------------------------------------------------------------------------
@@ -590,11 +623,18 @@ class EmbeddingColumn(Column):
         return [f"{self.name}[{i}]" for i in range(self.dimension)]
 
     def dense(self, batch: Batch, tables: Mapping[str, NDArray] | None = None) -> NDArray[np.float32]:
-        table = np.asarray(_get(tables or {}, self.table_name, self.name), np.float32)
+        table = _table(_get(tables or {}, self.table_name, self.name), self.name)
         if table.shape != (self.categorical_column.num_buckets, self.dimension):
             expected = (self.categorical_column.num_buckets, self.dimension)
             raise FeatureError(f"column {self.name!r}: the table has shape {table.shape}, expected {expected}")
         return combine(self.categorical_column.sparse_ids(batch), table, self.combiner, self.max_norm)
+
+
+def _table(given: Any, name: str) -> NDArray[np.float32]:
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        raise FeatureError(f"column {name!r}: its table must be an array of numbers, got {given!r}") from None
 
 
 def combine(
@@ -702,13 +742,21 @@ def linear_model(
     ndarray, shape (rows, units)
         A categorical column adds up the weights of its ids: its one-hot matrix is never built.
     """
-    total = np.asarray(bias, np.float32)
+    total, count = np.asarray(bias, np.float32), None
     for column in _ordered(columns):
-        table = np.asarray(_get(weights, column.name, column.name), np.float32)
-        if isinstance(column, (NumericColumn, IndicatorColumn)):
-            total = total + column.dense(batch) @ table
-        else:
-            total = total + combine(column.sparse_ids(batch), table, "sum")
+        dense = isinstance(column, (NumericColumn, IndicatorColumn))
+        if not dense and not isinstance(column, (CategoricalColumn, BucketizedColumn)):
+            raise FeatureError(f"column {column.name!r}: a linear model takes numeric and categorical columns")
+        size = column.width if dense else column.num_buckets
+        table = _table(_get(weights, column.name, column.name), column.name)
+        if table.ndim != 2 or len(table) != size:
+            raise FeatureError(
+                f"column {column.name!r}: its weights have shape {table.shape}, expected ({size}, units)"
+            )
+        part = column.dense(batch) @ table if dense else combine(column.sparse_ids(batch), table, "sum")
+        if count not in (None, len(part)):
+            raise FeatureError(f"column {column.name!r} has {len(part)} rows, those before it have {count}")
+        total, count = total + part, len(part)
     return total
 
 
@@ -723,15 +771,25 @@ def sequence_input_layer(
         Shape (rows, longest, total width), and the length of each row's sequence.
     """
     ordered = _ordered(columns)
-    keys = {getattr(column, "categorical_column", column).key for column in ordered}
     steps, lengths = {}, None
-    for key in sorted(keys):
-        value = _get(batch, key, key)
-        here = np.array([len(row) for row in value])
+    for column in ordered:
+        key = getattr(getattr(column, "categorical_column", column), "key", None)
+        if key is None or isinstance(getattr(column, "categorical_column", None), WeightedCategoricalColumn):
+            raise FeatureError(f"column {column.name!r}: a sequence takes columns of one key, without weights")
+        value = _get(batch, key, column.name)
+        if not all(isinstance(row, (list, tuple, np.ndarray)) for row in value):
+            raise FeatureError(f"column {column.name!r}: expected a list of values for each row")
+        here = np.array([len(row) for row in value], int)
+        if not isinstance(column, NumericColumn):  # a padded row ends at its last value
+            rows, values, count, rectangular = _values(batch, key, column.name)
+            if rectangular:
+                place = np.arange(len(rows)) - (np.cumsum(here) - here)[rows] + 1
+                here = np.zeros(count, int)
+                np.maximum.at(here, rows[_present(values)], place[_present(values)])
         if lengths is not None and not np.array_equal(here, lengths):
-            raise FeatureError(f"column {key!r}: its sequences differ in length from those of {min(keys)!r}")
+            raise FeatureError(f"column {column.name!r}: its sequences differ in length from those before it")
         lengths = here
-        steps[key] = [step for row in value for step in row]
+        steps[key] = [step for row, length in zip(value, here, strict=True) for step in row[:length]]
     matrix, _ = input_layer(steps, ordered, tables)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]

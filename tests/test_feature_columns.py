@@ -290,7 +290,7 @@ class TestCrosses:
     def test_equals_a_loop_over_combinations(self, table):
         expected = []
         for row in table:
-            for values in itertools.product(*([v for v in cell if v] for cell in row)):
+            for values in itertools.product(*row):
                 h = np.array([0xDECAFCAFFE], np.uint64)
                 for value in values:
                     h = fingerprint_cat64(h, np.array([farmhash.Fingerprint64(value)], np.uint64))
@@ -392,24 +392,19 @@ class TestWholeBatches:
         assert EmbeddingColumn(i, 4).name == names["embedding"] and IndicatorColumn(i).name == names["indicator"]
 
     def test_order_of_columns(self):
-        stored = golden("dense_features_order")
+        assert sorted(golden("dense_features_order")["names_given"]) == golden("dense_features_order")["names_sorted"]
+        stored = golden("more")["order"]
         columns = [
             IndicatorColumn(VocabularyListCategoricalColumn("s", ["x", "y"])),
             NumericColumn("z_num", (2,), normalizer_fn=lambda x: (x - 3) / 4.2),
             BucketizedColumn(NumericColumn("age"), [18, 30]),
             IndicatorColumn(CrossedColumn(("age2", "s"), 6)),
+            NumericColumn("Z"),  # capitals come first
         ]
-        assert [column.name for column in columns] == [
-            "s_indicator",
-            "z_num",
-            "age_bucketized",
-            "age2_X_s_indicator",
-        ]
-        batch = {"s": ["x", "y"], "age": [20.0, 10.0], "age2": ["1", "2"], "z_num": [[1.0, 2.0], [3.0, 4.0]]}
-        _, labels = input_layer(batch, columns)
-        in_order = [label.split("=")[0].split("[")[0] for label in labels]
-        assert [name for name, _ in itertools.groupby(in_order)] == ["age2_X_s", "age", "s", "z_num"]
-        assert sorted(stored["names_given"]) == stored["names_sorted"]  # what TensorFlow does, and we
+        for some_order in itertools.permutations(columns):
+            matrix, labels = input_layer(stored["batch"], some_order)
+            np.testing.assert_allclose(matrix, stored["matrix"], rtol=1e-6)
+        assert labels[0] == "Z" and labels[-1] == "z_num[1]"
 
     def test_matrix_and_labels(self):
         stored = golden("linear_and_shared")
@@ -450,7 +445,7 @@ class TestWholeBatches:
         batch = {"t": stored["in_t"], "n": stored["in_n"]}
         result, lengths = sequence_input_layer(batch, columns, tables)
         assert result.tolist() == stored["out"] and lengths.tolist() == stored["len"]
-        with pytest.raises(FeatureError, match="'t': its sequences differ in length from those of 'n'"):
+        with pytest.raises(FeatureError, match="'t_embedding': its sequences differ in length"):
             sequence_input_layer({"t": [["a"]], "n": [[1, 2]]}, columns, tables)
 
     def test_bad_batches(self):
@@ -463,3 +458,111 @@ class TestWholeBatches:
             input_layer({"x": [1.0]}, [X, X])
         with pytest.raises(FeatureError, match="at least one column"):
             input_layer({}, [])
+
+
+class TestMoreOfTensorFlow:
+    """Cases run through TensorFlow 2.21 for this project: what is dropped where, and in which order things happen."""
+
+    vocabulary = VocabularyListCategoricalColumn("x", ("a", "b", "c"))
+    identity = IdentityCategoricalColumn("x", 4, 0)
+    buckets = BucketizedColumn(NumericColumn("x", (2,)), (0.0, 10.0))
+    columns = {  # noqa: RUF012
+        "crossed x y 1000": CrossedColumn(("x", "y"), 1000),
+        "crossed vocabulary y 1000": CrossedColumn((vocabulary, "y"), 1000),
+        "crossed identity y 1000": CrossedColumn((identity, "y"), 1000),
+        "crossed buckets y 1000": CrossedColumn((buckets, "y"), 1000),
+        "hashed 1000": HashedCategoricalColumn("x", 1000),
+        "vocabulary": vocabulary,
+        "vocabulary oov 5": VocabularyListCategoricalColumn("x", ("a", "b", "c"), num_oov_buckets=5),
+        "identity": identity,
+    }
+
+    @pytest.mark.parametrize("name", [name for name in golden("more")["cases"] if not name.startswith("weighted")])
+    def test_ids(self, name):
+        case = golden("more")["cases"][name]
+        column = self.columns[case["column"]]
+        crossed = isinstance(column, CrossedColumn)
+        found = column.sparse_ids(case["batch"]) if crossed else column.all_ids(case["batch"])
+        assert (found.rows.tolist(), found.ids.tolist()) == (case["rows"], case["ids"])
+
+    @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
+    def test_weights_of_zero_and_below(self, combiner):
+        case = golden("more")["cases"][f"weighted {combiner}"]
+        column = EmbeddingColumn(WeightedCategoricalColumn(self.vocabulary, "w"), 2, combiner)
+        result = column.dense(case["batch"], {column.name: [[1, 10], [2, 20], [3, 30]]})
+        np.testing.assert_allclose(result, case["dense"], rtol=1e-6)
+
+    def test_the_normalizer_comes_before_the_rounding(self):
+        stored = golden("more")["normalizer"]
+        column = NumericColumn("x", normalizer_fn=lambda x: x - stored["minus"])
+        assert column.dense({"x": stored["x"]}).tolist() == stored["dense"]
+
+    def test_nan_falls_in_the_last_bucket_whatever_the_default(self):
+        column = BucketizedColumn(NumericColumn("x", default_value=7.0), [0, 10])
+        assert column.buckets({"x": [np.nan]}).item() == golden("more")["nan_bucket"]
+
+    def test_a_padded_sequence_ends_at_its_last_value(self):
+        stored = golden("more")["padded_sequence"]
+        columns = [IndicatorColumn(VocabularyListCategoricalColumn("t", "abc"))]
+        result, lengths = sequence_input_layer({"t": stored["t"]}, columns)
+        assert (result.tolist(), lengths.tolist()) == (stored["dense"], stored["lengths"])
+
+
+class TestErrorsNameTheColumn:
+    hashed = HashedCategoricalColumn("x", 5)
+    weighted = WeightedCategoricalColumn(hashed, "w")
+
+    @pytest.mark.parametrize(
+        "value",
+        [3, None, "abc", {"a": 1}, np.ma.array(["a"], mask=[True]), ["a\0"], [b"a\0"], np.array([2**63], np.uint64)],
+        ids=repr,
+    )
+    def test_categories(self, value):
+        with pytest.raises(FeatureError, match="column 'x'"):
+            ids(self.hashed, x=value)
+
+    @pytest.mark.parametrize("weights", ["q", 1.0, [["a"]], [[1.0], 2.0], [1.0, 2.0], None])
+    def test_weights(self, weights):
+        with pytest.raises(FeatureError, match="column 'x_weighted_by_w'"):
+            indicator(self.weighted, x=[["a"]], w=weights)
+
+    @pytest.mark.parametrize("boundaries", [["a"], [None], [np.nan], [0, "b"]])
+    def test_boundaries(self, boundaries):
+        with pytest.raises(FeatureError, match="'x_bucketized': boundaries"):
+            BucketizedColumn(X, boundaries)
+
+    def test_numeric_descriptions(self):
+        with pytest.raises(FeatureError, match="'x': shape must be a tuple"):
+            NumericColumn("x", 2)
+        for wrong in (lambda x: x[:1], lambda x: x.sum(), lambda x: x.astype(str)):
+            with pytest.raises(FeatureError, match="'x': normalizer_fn turned"):
+                NumericColumn("x", normalizer_fn=wrong).dense({"x": [1.0, 2.0]})
+
+    @pytest.mark.parametrize("table", [[[1.0], [1.0, 2.0]], "abc", [["a", "b"]]])
+    def test_tables(self, table):
+        with pytest.raises(FeatureError, match="'x_embedding': its table must be an array of numbers"):
+            EmbeddingColumn(self.hashed, 2).dense({"x": ["a"]}, {"x_embedding": table})
+
+    def test_linear_models(self):
+        for weights in (np.zeros(5), np.zeros((4, 1)), np.zeros((6, 1))):
+            with pytest.raises(FeatureError, match="'x': its weights have shape"):
+                linear_model({"x": ["a"]}, [self.hashed], {"x": weights})
+        with pytest.raises(FeatureError, match="'x_embedding': a linear model takes"):
+            linear_model({"x": ["a"]}, [EmbeddingColumn(self.hashed, 2)], {"x_embedding": np.zeros((5, 2))})
+        with pytest.raises(FeatureError, match="'x' has 1 rows, those before it have 2"):
+            linear_model(
+                {"x": ["a"], "n": [1.0, 2.0]}, [self.hashed, NumericColumn("n")], {"x": np.zeros((5, 1)), "n": [[1.0]]}
+            )
+
+    def test_sequences(self):
+        for column in (
+            BucketizedColumn(X, [0]),
+            IndicatorColumn(CrossedColumn(("x", "y"), 5)),
+            IndicatorColumn(self.weighted),
+        ):
+            with pytest.raises(FeatureError, match="a sequence takes columns of one key"):
+                sequence_input_layer({"x": [["a"]], "w": [[1.0]]}, [column])
+        with pytest.raises(FeatureError, match="'x_indicator': expected a list of values for each row"):
+            sequence_input_layer({"x": ["a", "b"]}, [IndicatorColumn(self.hashed)])
+        result, lengths = sequence_input_layer({"x": []}, [IndicatorColumn(self.hashed)])
+        assert result.shape == (0, 0, 5) and lengths.tolist() == []
