@@ -14,6 +14,7 @@ MINIMUM_PYTHON = (3, 11)
 
 # Import name -> the name to install. The names differ from the declared ones only where Python's do.
 REQUIRED_PACKAGES = {
+    "crc32c": "crc32c",
     "ipywidgets": "ipywidgets",
     "jupyterlab": "jupyterlab",
     "matplotlib": "matplotlib",
