@@ -71,10 +71,7 @@ def sgd_step(
         A shape does not fit, or a parameter lies outside its bounds; the same bounds as in torch.
     """
     _check(theta, gradient, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    velocity = gradient + weight_decay * theta
-    if state is not None:
-        velocity = momentum * state.velocity + velocity
-    return theta - lr * velocity, SGDState(velocity)
+    return _sgd_move(theta, gradient + weight_decay * theta, state, lr, momentum)
 
 
 def sgdw_step(
@@ -92,7 +89,15 @@ def sgdw_step(
     multiplied by α, and α stands inside the velocity, which differs when α changes along the way.
     """
     _check(theta, gradient, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return sgd_step(theta * (1 - lr * weight_decay), gradient, state, lr=lr, momentum=momentum)
+    return _sgd_move(theta * (1 - lr * weight_decay), gradient, state, lr, momentum)
+
+
+def _sgd_move(
+    theta: Array, gradient: Array, state: SGDState | None, lr: Any, momentum: float
+) -> tuple[Array, SGDState]:
+    # 1 * makes a copy: who reuses the gradient's memory must not change the state
+    velocity = 1 * gradient if state is None else momentum * state.velocity + gradient
+    return theta - lr * velocity, SGDState(velocity)
 
 
 def adam_step(

@@ -108,6 +108,11 @@ def _one_type(values: Any, name: str) -> NDArray:
     return array.astype(np.int64)
 
 
+def _places(rows: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each entry within its row, from 0, where row i has sizes[i] entries."""
+    return np.arange(len(rows)) - (np.cumsum(sizes) - sizes)[rows]
+
+
 def _present(values: NDArray) -> NDArray[np.bool_]:
     return values != ("" if values.dtype.kind == "U" else -1)
 
@@ -257,6 +262,8 @@ class BucketizedColumn(Column):
         count, numbers = buckets.shape
         ids = buckets + np.arange(numbers) * (len(self.boundaries) + 1)
         return SparseIds(np.repeat(np.arange(count), numbers), ids.ravel(), np.ones(ids.size, np.float32), count)
+
+    all_ids = sparse_ids  # every number has a bucket
 
     def dense(self, batch: Batch, tables: Mapping[str, NDArray] | None = None) -> NDArray[np.float32]:
         return _multi_hot(self.sparse_ids(batch), self.width)
@@ -479,7 +486,7 @@ class CrossedColumn(CategoricalColumn):
         sizes = np.array([np.bincount(rows, minlength=count) for rows, _, _ in parts])
         combinations = sizes.prod(axis=0)
         rows = np.repeat(np.arange(count), combinations)
-        place = np.arange(len(rows)) - (np.cumsum(combinations) - combinations)[rows]
+        place = _places(rows, combinations)
         hashed = np.full(len(rows), self.hash_key % 2**64, np.uint64)
         for i, (_, fingerprints, _) in enumerate(parts):
             later = sizes[i + 1 :].prod(axis=0)[rows]
@@ -490,7 +497,7 @@ class CrossedColumn(CategoricalColumn):
 
     def _leaf(self, leaf: Any, batch: Batch) -> tuple[NDArray, NDArray[np.uint64], int]:
         if not isinstance(leaf, str):
-            found = leaf.all_ids(batch) if isinstance(leaf, CategoricalColumn) else leaf.sparse_ids(batch)
+            found = leaf.all_ids(batch)
             return found.rows, found.ids.astype(np.uint64), found.count
         rows, values, count, _ = _values(batch, leaf, self.name)
         return rows, fingerprint64(values) if values.dtype.kind == "U" else values.astype(np.uint64), count
@@ -624,8 +631,8 @@ class EmbeddingColumn(Column):
 
     def dense(self, batch: Batch, tables: Mapping[str, NDArray] | None = None) -> NDArray[np.float32]:
         table = _table(_get(tables or {}, self.table_name, self.name), self.name)
-        if table.shape != (self.categorical_column.num_buckets, self.dimension):
-            expected = (self.categorical_column.num_buckets, self.dimension)
+        expected = (self.categorical_column.num_buckets, self.dimension)
+        if table.shape != expected:
             raise FeatureError(f"column {self.name!r}: the table has shape {table.shape}, expected {expected}")
         return combine(self.categorical_column.sparse_ids(batch), table, self.combiner, self.max_norm)
 
@@ -773,8 +780,9 @@ def sequence_input_layer(
     ordered = _ordered(columns)
     steps, lengths = {}, None
     for column in ordered:
-        key = getattr(getattr(column, "categorical_column", column), "key", None)
-        if key is None or isinstance(getattr(column, "categorical_column", None), WeightedCategoricalColumn):
+        source = getattr(column, "categorical_column", column)
+        key = getattr(source, "key", None)
+        if key is None or isinstance(source, WeightedCategoricalColumn):
             raise FeatureError(f"column {column.name!r}: a sequence takes columns of one key, without weights")
         value = _get(batch, key, column.name)
         if not all(isinstance(row, (list, tuple, np.ndarray)) for row in value):
@@ -783,7 +791,7 @@ def sequence_input_layer(
         if not isinstance(column, NumericColumn):  # a padded row ends at its last value
             rows, values, count, rectangular = _values(batch, key, column.name)
             if rectangular:
-                place = np.arange(len(rows)) - (np.cumsum(here) - here)[rows] + 1
+                place = _places(rows, here) + 1
                 here = np.zeros(count, int)
                 np.maximum.at(here, rows[_present(values)], place[_present(values)])
         if lengths is not None and not np.array_equal(here, lengths):
@@ -792,9 +800,8 @@ def sequence_input_layer(
         steps[key] = [step for row, length in zip(value, here, strict=True) for step in row[:length]]
     matrix, _ = input_layer(steps, ordered, tables)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]
     result = np.zeros((len(lengths), lengths.max(initial=0), matrix.shape[1]), np.float32)
-    result[rows, place] = matrix
+    result[rows, _places(rows, lengths)] = matrix
     return result, lengths
 
 

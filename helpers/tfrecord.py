@@ -4,7 +4,6 @@ A file is a row of frames ``u64 length | u32 masked CRC of the length | data | u
 endian. The data usually is a protobuf message, Example or SequenceExample. Sources: TensorFlow's
 ``tsl/lib/io/record_writer.cc``, ``lib/hash/crc32c.h``, ``example.proto`` and ``feature.proto``; protobuf's encoding
 guide (protobuf.dev/programming-guides/encoding); RFC 3720, appendix B.4 (CRC-32C).
-The notebook is ``notebooks/04_tfrecord.ipynb``.
 """
 
 from __future__ import annotations

@@ -139,6 +139,16 @@ class TestArrays:
         assert adam_step(1.0, 2.0, lr=0.5)[0] == pytest.approx(0.5)
 
     @pytest.mark.parametrize("step", [sgd_step, sgdw_step, adam_step, adamw_step])
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    def test_the_state_does_not_share_memory_with_the_gradient(self, step, make):
+        gradient = make([1.0, 2.0])
+        state = step(make([0.0, 0.0]), gradient)[1]
+        before = [np.copy(np.asarray(part)) for part in state]
+        gradient *= 0
+        for part, copy in zip(state, before, strict=True):
+            np.testing.assert_array_equal(part, copy)
+
+    @pytest.mark.parametrize("step", [sgd_step, sgdw_step, adam_step, adamw_step])
     def test_columns_of_rates_and_decays_are_independent_runs(self, step):
         rates, decays = np.array([[0.1], [0.01], [0.001]]), np.array([[0.0], [1.0], [3.0]])
         gradients = np.random.default_rng(5).normal(size=(20, 4))
