@@ -9,6 +9,7 @@ import pickle
 import random
 import tracemalloc
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import crc32c as crc32c_package
@@ -17,10 +18,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import helpers.tfrecord as module
 from helpers.tfrecord import (
     Feature,
+    RecordDataset,
     RecordError,
     crc32c,
     decode_example,
@@ -33,6 +36,7 @@ from helpers.tfrecord import (
     frame,
     masked_crc32c,
     read_records,
+    shuffled,
     write_records,
 )
 
@@ -871,3 +875,113 @@ class TestAccidents:
                 decode_example(message)
             except RecordError:
                 pass
+
+
+def dealt(files, workers, **given):
+    loader = DataLoader(RecordDataset(files, **given), batch_size=None, num_workers=workers)
+    return list(loader)
+
+
+class TestShuffling:
+    @given(st.lists(st.integers()), st.integers(1, 40), st.integers(0, 5))
+    def test_every_item_comes_once_and_not_too_early(self, items, size, seed):
+        given_items = list(enumerate(items))
+        order = list(shuffled(iter(given_items), size, seed))
+        assert sorted(order) == given_items
+        assert all(place >= index - size + 1 for place, (index, _) in enumerate(order))
+
+    def test_a_buffer_of_one_keeps_the_order(self):
+        assert list(shuffled(range(50), 1, 0)) == list(range(50))
+
+    def test_a_buffer_for_all_makes_every_order_equally_likely(self):
+        counts = Counter(tuple(shuffled("abcd", 4, seed)) for seed in range(24_000))
+        assert len(counts) == 24
+        assert all(abs(count - 1000) < 5 * 1000**0.5 for count in counts.values())
+
+    def test_how_late_an_item_comes_is_geometric(self):
+        late = np.array([list(shuffled(range(300), 8, seed)).index(100) - 93 for seed in range(20_000)])
+        for k in (0, 1, 5, 20):
+            share = (7 / 8) ** k / 8
+            assert abs((late == k).mean() - share) < 5 * (share / 20_000) ** 0.5
+
+    def test_it_holds_no_more_than_the_buffer(self):
+        taken = 0
+
+        def source():
+            nonlocal taken
+            for item in range(1000):
+                taken += 1
+                yield item
+
+        stream = shuffled(source(), 16, 0)
+        for place, _ in zip(range(900), stream, strict=False):
+            assert taken <= place + 17
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            next(shuffled([1], 0, 0))
+
+
+# torch warns where there are more workers than processors
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+class TestDealing:
+    @pytest.fixture
+    def files(self, tmp_path):
+        paths = [tmp_path / f"{shard}.tfrecord" for shard in range(5)]
+        for shard, path in enumerate(paths):
+            write_records(path, [b"%d-%d" % (shard, i) for i in range(20 + shard)])
+        return paths
+
+    @pytest.fixture
+    def records(self, files):
+        return [record for path in files for record in read_records(path)]
+
+    @pytest.mark.parametrize("workers", [0, 1, 2, 7])
+    @pytest.mark.parametrize("buffer", [0, 1, 8, 1000])
+    def test_each_record_comes_exactly_once(self, files, records, workers, buffer):
+        assert sorted(dealt(files, workers, shuffle_buffer=buffer)) == sorted(records)
+
+    def test_without_a_buffer_one_process_keeps_the_order(self, files, records):
+        assert dealt(files, 0) == dealt(files, 1) == records
+
+    def test_epochs_differ_and_a_seed_repeats_them(self, files):
+        loader = DataLoader(RecordDataset(files, shuffle_buffer=30), batch_size=None, num_workers=2)
+        torch.manual_seed(1)
+        first, second = list(loader), list(loader)
+        torch.manual_seed(1)
+        assert first == list(loader) and first != second
+
+    def test_compressed_files_are_decoded_and_batched(self, tmp_path):
+        paths = [tmp_path / name for name in ("a", "b")]
+        for k, path in enumerate(paths):
+            write_records(path, [encode_example({"x": [k, i]}) for i in range(6)], "GZIP")
+        dataset = RecordDataset(paths, decode=lambda r: decode_example(r)["x"].values, compression="GZIP")
+        batches = list(DataLoader(dataset, batch_size=3, num_workers=2))
+        assert [batch.shape for batch in batches] == [(3, 2)] * 4
+        assert sorted(map(tuple, torch.cat(batches).tolist())) == [(k, i) for k in range(2) for i in range(6)]
+
+    def test_it_can_be_sent_to_a_process_that_is_spawned(self, files):
+        copy = pickle.loads(pickle.dumps(RecordDataset(files, decode_example, "ZLIB", 3)))
+        assert (copy.files, copy.decode, copy.compression, copy.shuffle_buffer) == (
+            [str(path) for path in files], decode_example, "ZLIB", 3,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_error_names_the_file(self, files, workers):
+        data = bytearray(files[3].read_bytes())
+        data[13] ^= 1
+        files[3].write_bytes(data)
+        with pytest.raises(RecordError, match=r"3\.tfrecord: corrupt data.* \(at byte 12\)"):
+            dealt(files, workers)
+
+    @pytest.mark.parametrize(
+        "given, problem",
+        [
+            ({"files": []}, "at least one path, got \\[\\]"),
+            ({"files": "a.tfrecord"}, "a list of at least one path, got 'a.tfrecord'"),
+            ({"files": Path("a.tfrecord")}, "a list of at least one path"),
+            ({"files": ["a"], "shuffle_buffer": -1}, "must not be negative, got -1"),
+            ({"files": ["a"], "compression": "LZ4"}, "got 'LZ4'"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_at_once(self, given, problem):
+        with pytest.raises(ValueError, match=problem):
+            RecordDataset(**given)
