@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ def encode_varint(value: int) -> bytes:
 
     A negative number stands for its two's complement of 64 bits and therefore takes 10 bytes.
     """
+    value = index(value)  # of numpy's integers, which would overflow, a plain one
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"a varint holds 64 bits, got {value}")
     value &= (1 << 64) - 1
@@ -286,6 +288,15 @@ def _int64s(varints: bytes) -> NDArray[np.int64]:
     codes = np.frombuffer(varints, np.uint8)
     if varints.isascii():  # all of one byte
         return codes.astype(np.int64)
+    if len(varints) < 64:  # few: quicker one by one
+        values, value, shift = [], 0, 0
+        for byte in varints:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                values.append(value & 0xFFFFFFFFFFFFFFFF)
+                value = shift = 0
+        return np.array(values, np.uint64).view(np.int64)
     last = np.flatnonzero(codes < 0x80)
     first = np.append(0, last[:-1] + 1)
     values = np.zeros(len(last), np.uint64)

@@ -244,7 +244,7 @@ def shuffled(items: Iterable[Item], buffer_size: int, seed: int) -> Iterator[Ite
     """Shuffle a stream as well as a buffer of `buffer_size` items can: what comes next is drawn from the buffer.
 
     No item comes more than ``buffer_size - 1`` places before its turn; how late it comes has no limit. A buffer that
-    holds all items shuffles perfectly. Eq. (15) of 04_tfrecord; the method of tf.data's ``Dataset.shuffle``.
+    holds all items shuffles perfectly. Eqs. (16) and (17) of 04_tfrecord; the method of tf.data's ``Dataset.shuffle``.
 
     Raises
     ------

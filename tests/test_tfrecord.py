@@ -377,6 +377,10 @@ class TestVarints:
         assert decode_varint(code) == (value % 2**64, len(code))
         assert len(code) == max(1, -(-(value % 2**64).bit_length() // 7))
 
+    def test_numpy_integers(self):
+        assert encode_varint(np.int64(-1)) == encode_varint(np.uint64(2**64 - 1)) == encode_varint(-1)
+        assert encode_varint(np.uint8(255)) == b"\xff\x01"
+
     def test_bad_ones(self):
         for value in (2**64, -(2**63) - 1):
             with pytest.raises(ValueError, match="64 bits"):
