@@ -37,7 +37,7 @@ def check(
         filled with it), or strings or bytes, which must be equal.
     tol
         Largest allowed absolute difference, a number or an array (for example a confidence band);
-        1e-12 if neither it nor `rtol` is given.
+        if neither it nor `rtol` is given, 0 for integers and 1e-12 for all else.
     rtol
         Allowed difference relative to ``abs(right)``, added to `tol`.
     relation
@@ -69,7 +69,8 @@ def check(
         if array.dtype.kind in "fc" and np.isnan(array).any():
             raise CheckFailed(f"{label}: the {side} side is NaN{_index(int(np.argmax(np.isnan(array))), array.shape)}")
     if tol is None:
-        tol = 0.0 if rtol else 1e-12
+        whole = a.dtype.kind in "iuO" and b.dtype.kind in "iuO"
+        tol = 0.0 if rtol or whole else 1e-12
     excess, allowed = _excess(a, b, tol, rtol, relation, label)
     if (excess > allowed).any():
         worst = int(np.argmax(excess - allowed))
