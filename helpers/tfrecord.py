@@ -13,8 +13,10 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
@@ -49,6 +51,7 @@ __all__ = [
     "encode_varint",
     "explain",
     "frame",
+    "interleaved",
     "masked_crc32c",
     "read_records",
     "shuffled",
@@ -167,7 +170,7 @@ def read_records(
         A CRC is wrong, the file ends inside a record, or the compressed stream is damaged. All whole records before
         the place have been delivered, except those that a damaged compressed stream took with it.
     ValueError
-        `compression` is none of the three.
+        `compression` is none of the three; like all errors, when the first record is asked for.
     """
     _check_compression(compression)
     with ExitStack() as stack:
@@ -249,7 +252,7 @@ def shuffled(items: Iterable[Item], buffer_size: int, seed: int) -> Iterator[Ite
     Raises
     ------
     ValueError
-        `buffer_size` is less than 1.
+        When iterated, if `buffer_size` is less than 1.
     """
     if buffer_size < 1:
         raise ValueError(f"buffer_size must be at least 1, got {buffer_size}")
@@ -265,11 +268,37 @@ def shuffled(items: Iterable[Item], buffer_size: int, seed: int) -> Iterator[Ite
     yield from buffer
 
 
+def interleaved(sources: Iterable[Iterable[Item]], in_turn: int) -> Iterator[Item]:
+    """Take one item from each of `in_turn` sources in turn; where one has no more, the next that waits takes its place.
+
+    Raises
+    ------
+    ValueError
+        When iterated, if `in_turn` is less than 1.
+    """
+    if in_turn < 1:
+        raise ValueError(f"in_turn must be at least 1, got {in_turn}")
+    waiting = map(iter, sources)
+    turns = deque(islice(waiting, in_turn))
+    while turns:
+        source = turns.popleft()
+        for item in source:
+            yield item
+            turns.append(source)
+            break
+        else:
+            turns.extendleft(islice(waiting, 1))
+
+
 class RecordDataset(IterableDataset):
     """Records of several files for torch's ``DataLoader``, each exactly once, however many workers it has.
 
-    Worker k of n reads files k, k + n, k + 2n, … alone, so have at least as many files as workers. Orders are drawn
-    from torch's generator: other ones in each epoch, and the same again after the same ``torch.manual_seed``.
+    Worker k of n reads files k, k + n, k + 2n, … alone, so have at least as many files as workers; with a
+    ``batch_size``, each batch comes from the files of one worker, and each worker ends with a batch of its own that
+    may be smaller. Processes on other machines are not known here: deal the files among them yourself.
+
+    Orders are drawn from torch's global generator when an epoch begins: other ones each time, and the same again after
+    the same ``torch.manual_seed`` (unless the loader has ``persistent_workers``, which go on drawing).
 
     Parameters
     ----------
@@ -281,46 +310,60 @@ class RecordDataset(IterableDataset):
         None, "GZIP" or "ZLIB".
     shuffle_buffer
         Files in random order, and records through a buffer of this size for each worker; 0 keeps the order.
+    in_turn
+        How many files are read in turn, one record from each.
 
     Raises
     ------
     RecordError
-        While iterating, with the file in which data are malformed.
+        While iterating: names the file in which data are malformed, and the record that cannot be decoded. (From a
+        worker process torch passes on the text alone, without `offset`.)
     ValueError
-        There are no files, or `shuffle_buffer` or `compression` cannot be.
+        There are no files, or another argument cannot be.
     """
 
     def __init__(
         self,
-        files: Sequence[str | os.PathLike],
+        files: Iterable[str | os.PathLike],
         decode: Callable[[bytes], Any] | None = None,
         compression: str | None = None,
         shuffle_buffer: int = 0,
+        in_turn: int = 1,
     ):
-        if isinstance(files, (str, bytes, os.PathLike)) or not files:
-            raise ValueError(f"files must be a list of at least one path, got {files!r}")
-        if shuffle_buffer < 0:
-            raise ValueError(f"shuffle_buffer must not be negative, got {shuffle_buffer}")
-        _check_compression(compression)
+        if isinstance(files, (str, bytes, os.PathLike)):
+            raise ValueError(f"files must be a list of paths, got {files!r}")
         self.files = [os.fspath(path) for path in files]
-        self.decode, self.compression, self.shuffle_buffer = decode, compression, shuffle_buffer
+        if not self.files:
+            raise ValueError("files must be a list of at least one path, got none")
+        if shuffle_buffer < 0 or in_turn < 1:
+            raise ValueError(f"shuffle_buffer must be at least 0 and in_turn 1, got {shuffle_buffer} and {in_turn}")
+        _check_compression(compression)
+        self.decode, self.compression = decode, compression
+        self.shuffle_buffer, self.in_turn = shuffle_buffer, in_turn
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         mine = self.files[worker.id :: worker.num_workers] if worker else list(self.files)
         if not self.shuffle_buffer:
-            return self._items(mine)
-        seed = int(torch.randint(1 << 62, ()))
-        random.Random(seed).shuffle(mine)
-        return shuffled(self._items(mine), self.shuffle_buffer, seed)
+            return map(self._decoded, interleaved(map(self._records, mine), self.in_turn))
+        generator = random.Random(int(torch.randint(1 << 62, ())))
+        generator.shuffle(mine)
+        records = interleaved(map(self._records, mine), self.in_turn)
+        return map(self._decoded, shuffled(records, self.shuffle_buffer, generator.getrandbits(62)))
 
-    def _items(self, files: list[str]) -> Iterator[Any]:
-        for path in files:
-            try:
-                for record in read_records(path, self.compression):
-                    yield self.decode(record) if self.decode else record
-            except RecordError as error:
-                raise RecordError(f"{path}: {error.problem}", error.offset) from error
+    def _records(self, path: str) -> Iterator[tuple[bytes, str, int]]:
+        try:
+            for number, record in enumerate(read_records(path, self.compression)):
+                yield record, path, number
+        except RecordError as error:
+            raise RecordError(f"{path}: {error.problem}", error.offset) from error
+
+    def _decoded(self, located: tuple[bytes, str, int]) -> Any:
+        record, path, number = located
+        try:
+            return self.decode(record) if self.decode else record
+        except RecordError as error:
+            raise RecordError(f"{path}, record {number}: {error.problem}", error.offset) from error
 
 
 # --- Every byte explained

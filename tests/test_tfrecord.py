@@ -34,6 +34,7 @@ from helpers.tfrecord import (
     encode_varint,
     explain,
     frame,
+    interleaved,
     masked_crc32c,
     read_records,
     shuffled,
@@ -924,6 +925,32 @@ class TestShuffling:
             next(shuffled([1], 0, 0))
 
 
+class TestInterleaving:
+    def test_by_hand(self):
+        assert "".join(interleaved(["aaa", "b", "cccc", "", "dd"], 2)) == "abacacdcdc"
+
+    @given(st.lists(st.lists(st.integers(), max_size=6), max_size=7), st.integers(1, 9))
+    def test_every_item_comes_once_and_in_its_order(self, sources, in_turn):
+        tagged = [[(k, i, item) for i, item in enumerate(source)] for k, source in enumerate(sources)]
+        out = list(interleaved(tagged, in_turn))
+        assert sorted(out) == sorted(item for source in tagged for item in source)
+        assert all([item for item in out if item[0] == k] == source for k, source in enumerate(tagged))
+        if in_turn == 1:
+            assert out == [item for source in tagged for item in source]
+
+    def test_a_source_is_opened_when_it_is_its_turn(self):
+        opened = []
+
+        def source(name):
+            opened.append(name)
+            yield from name * 3
+
+        stream = interleaved(map(source, "abc"), 1)
+        assert next(stream) == "a" and opened == ["a"]
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            next(interleaved([], 0))
+
+
 # torch warns where there are more workers than processors
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 class TestDealing:
@@ -953,6 +980,21 @@ class TestDealing:
         torch.manual_seed(1)
         assert first == list(loader) and first != second
 
+    def test_with_a_large_buffer_every_order_is_equally_likely(self, tmp_path):
+        """The order of the files and the draws of the buffer must not come from the same random numbers."""
+        paths = [tmp_path / name for name in "abcd"]
+        for path in paths:
+            write_records(path, [path.name.encode()])
+        dataset = RecordDataset(paths, shuffle_buffer=4)
+        torch.manual_seed(0)
+        counts = Counter(tuple(dataset) for _ in range(2400))
+        assert len(counts) == 24
+        assert all(abs(count - 100) < 5 * 100**0.5 for count in counts.values())
+
+    def test_files_are_read_in_turn(self, files):
+        records = list(RecordDataset(files[:2], in_turn=2))
+        assert records[:4] == [b"0-0", b"1-0", b"0-1", b"1-1"] and records[-1] == b"1-20"
+
     def test_compressed_files_are_decoded_and_batched(self, tmp_path):
         paths = [tmp_path / name for name in ("a", "b")]
         for k, path in enumerate(paths):
@@ -963,10 +1005,17 @@ class TestDealing:
         assert sorted(map(tuple, torch.cat(batches).tolist())) == [(k, i) for k in range(2) for i in range(6)]
 
     def test_it_can_be_sent_to_a_process_that_is_spawned(self, files):
-        copy = pickle.loads(pickle.dumps(RecordDataset(files, decode_example, "ZLIB", 3)))
+        copy = pickle.loads(pickle.dumps(RecordDataset(iter(files), decode_example, "ZLIB", 3)))
         assert (copy.files, copy.decode, copy.compression, copy.shuffle_buffer) == (
             [str(path) for path in files], decode_example, "ZLIB", 3,
         )  # fmt: skip
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_error_names_the_record_that_cannot_be_decoded(self, tmp_path, workers):
+        path = tmp_path / "a.tfrecord"
+        write_records(path, [encode_example({"x": 1}), b"\x0a\x7f"])
+        with pytest.raises(RecordError, match=r"a\.tfrecord, record 1: .*past the end .*\(at byte 0\)"):
+            dealt([path], workers, decode=decode_example)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_an_error_names_the_file(self, files, workers):
@@ -979,10 +1028,12 @@ class TestDealing:
     @pytest.mark.parametrize(
         "given, problem",
         [
-            ({"files": []}, "at least one path, got \\[\\]"),
-            ({"files": "a.tfrecord"}, "a list of at least one path, got 'a.tfrecord'"),
-            ({"files": Path("a.tfrecord")}, "a list of at least one path"),
-            ({"files": ["a"], "shuffle_buffer": -1}, "must not be negative, got -1"),
+            ({"files": []}, "at least one path, got none"),
+            ({"files": Path("nowhere").glob("*")}, "at least one path, got none"),
+            ({"files": "a.tfrecord"}, "a list of paths, got 'a.tfrecord'"),
+            ({"files": Path("a.tfrecord")}, "a list of paths"),
+            ({"files": ["a"], "shuffle_buffer": -1}, "shuffle_buffer must be at least 0 .*got -1"),
+            ({"files": ["a"], "in_turn": 0}, "in_turn 1, got 0 and 0"),
             ({"files": ["a"], "compression": "LZ4"}, "got 'LZ4'"),
         ],
     )
