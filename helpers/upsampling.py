@@ -29,6 +29,7 @@ _MODES = {
     "bilinear": 2,
     "trilinear": 3,
     "bicubic": 2,
+    "lanczos": 2,
 }
 _CORNERED = ("linear", "bilinear", "trilinear", "bicubic")
 
@@ -69,6 +70,14 @@ def cubic_kernel(x: ArrayLike, a: float = -0.75) -> NDArray[np.float64]:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
+def _lanczos(x: Array) -> Array:
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+
+
+# With antialiasing: the kernel, and how far it reaches. As in Pillow, and so in torch, a is -0.5 here.
+_WIDE = {"linear": (_hat, 1), "cubic": (lambda x: cubic_kernel(x, a=-0.5), 2), "lanczos": (_lanczos, 3)}
+
+
 def interpolation_matrix(
     n_in: int,
     n_out: int,
@@ -82,7 +91,7 @@ def interpolation_matrix(
     Parameters
     ----------
     mode
-        "nearest", "nearest-exact", "area", "linear" or "cubic".
+        "nearest", "nearest-exact", "area", "linear", "cubic" or, with `antialias` only, "lanczos".
     align_corners, scale
         As for `source_coordinate`; for "linear" and "cubic", and the scale for both kinds of nearest as well.
     antialias
@@ -99,17 +108,20 @@ def interpolation_matrix(
         i, j = np.arange(n_out)[:, None], np.arange(n_in)
         touched = (j >= i * n_in // n_out) & (j < -((-(i + 1) * n_in) // n_out))
         return touched / touched.sum(1, keepdims=True)
-    if mode not in ("linear", "cubic"):
-        raise ValueError(
-            f'one axis can be resampled as "nearest", "nearest-exact", "area", "linear" or "cubic", not {mode!r}'
-        )
-    s = source_coordinate(n_in, n_out, align_corners, scale)[:, None]
+    if mode not in _WIDE:
+        known = ("nearest", "nearest-exact", "area", *_WIDE)
+        raise ValueError(f"the mode for one axis must be one of {', '.join(known)}, got {mode!r}")
+    if n_in == n_out and (mode == "linear" or antialias):
+        return np.eye(n_in)  # whatever the scale, as in torch
     if antialias:
-        return _antialiased(s, n_in, n_out, mode, align_corners, scale)
+        return _antialiased(n_in, n_out, mode, align_corners, scale)
+    if mode == "lanczos":
+        raise ValueError("lanczos needs antialias=True, as in torch")
+    s = source_coordinate(n_in, n_out, align_corners, scale)[:, None]
     if mode == "linear":
         s = np.maximum(s, 0)
     below = np.floor(s).astype(int)
-    kernel: Callable[[Array], Array] = _hat if mode == "linear" else cubic_kernel
+    kernel = _hat if mode == "linear" else cubic_kernel
     taps = below + (np.arange(2) if mode == "linear" else np.arange(-1, 3))
     matrix = np.zeros((n_out, n_in))
     # What lies outside is the pixel at the border; several taps may fall on it.
@@ -117,16 +129,18 @@ def interpolation_matrix(
     return matrix
 
 
-def _antialiased(s: Array, n_in: int, n_out: int, mode: str, align_corners: bool, scale: float | None) -> Array:
-    step = (n_in - 1) / (n_out - 1) if align_corners and n_out > 1 else 1 / scale if scale else n_in / n_out
-    step = 0.0 if align_corners and n_out == 1 else step
+def _antialiased(n_in: int, n_out: int, mode: str, align_corners: bool, scale: float | None) -> NDArray[np.float64]:
+    if align_corners:
+        step = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
+    else:
+        step = 1 / scale if scale else n_in / n_out
     stretch = max(step, 1.0)
-    radius = stretch * (1 if mode == "linear" else 2)
+    kernel, radius = _WIDE[mode]
+    middle = (np.arange(n_out)[:, None] + 0.5) * step  # torch leaves out the shift of aligned corners here
+    first = np.maximum((middle - radius * stretch + 0.5).astype(int), 0)
+    last = np.minimum((middle + radius * stretch + 0.5).astype(int), n_in)
     j = np.arange(n_in)
-    weights = _hat((j - s) / stretch) if mode == "linear" else cubic_kernel((j - s) / stretch, a=-0.5)
-    first = np.maximum((s + 0.5 - radius + 0.5).astype(int), 0)
-    last = np.minimum((s + 0.5 + radius + 0.5).astype(int), n_in)
-    weights = weights * ((j >= first) & (j < last))
+    weights = kernel((j + 0.5 - middle) / stretch) * ((j >= first) & (j < last))
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -148,14 +162,14 @@ def interpolate(
     size, scale_factor
         One of the two, a number or one for each spatial axis. With a factor f the output has floor(n f) pixels.
     mode
-        "nearest", "nearest-exact", "area"; "linear", "bilinear" or "bicubic", "trilinear" for 1, 2, 3 axes.
+        "nearest", "nearest-exact", "area"; "linear"; "bilinear", "bicubic", "lanczos"; "trilinear" for 1, 2, 3 axes.
     align_corners
         For the modes in the second group; see `source_coordinate`. None is False.
     recompute_scale_factor
         True: the step between outputs follows from the sizes, as if `size` had been given. None and False: it is
         1 / `scale_factor`, which differs when floor(n f) is not n f. "area" uses the sizes in any case.
     antialias
-        For "bilinear" and "bicubic".
+        For "bilinear" and "bicubic"; "lanczos" needs it.
 
     Returns
     -------
@@ -174,10 +188,12 @@ def interpolate(
     if axes not in ((1, 2, 3) if _MODES[mode] is None else (_MODES[mode],)):
         wanted = _MODES[mode] or "1 to 3"
         raise ValueError(f"{mode} needs an array (batch, channels, and {wanted} spatial axes), got shape {x.shape}")
-    if align_corners is not None and mode not in _CORNERED:
+    if align_corners is not None and mode not in _CORNERED and not (mode == "lanczos" and not align_corners):
         raise ValueError(f"align_corners has no meaning for {mode}: leave it out")
-    if antialias and mode not in ("bilinear", "bicubic"):
-        raise ValueError(f"antialias is for bilinear and bicubic, not for {mode}")
+    if mode == "lanczos" and not antialias:
+        raise ValueError("lanczos needs antialias=True, as in torch")
+    if antialias and mode not in ("bilinear", "bicubic", "lanczos"):
+        raise ValueError(f"antialias is for bilinear, bicubic and lanczos, not for {mode}")
     if (size is None) == (scale_factor is None):
         raise ValueError("give either size or scale_factor")
     factors: list[float | None] = [None] * axes
@@ -195,6 +211,8 @@ def interpolate(
     one_axis = {"bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
     result = x
     for axis, (n_out, factor) in enumerate(zip(sizes, factors, strict=True), 2):
+        if mode == "nearest" and axes == 2 and n_out in (x.shape[axis], 2 * x.shape[axis]):
+            factor = None  # torch takes a short cut here, in two dimensions only, and forgets the factor
         matrix = interpolation_matrix(x.shape[axis], n_out, one_axis, bool(align_corners), factor, antialias)
         if mode.startswith("nearest"):
             result = np.take(result, matrix.argmax(1), axis)
