@@ -21,6 +21,7 @@ REQUIRED_PACKAGES = {
     "numpy": "numpy",
     "PIL": "pillow",
     "scipy": "scipy",
+    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "torch": "torch",
 }

@@ -68,7 +68,13 @@ def test_what_the_package_requires_at_import_is_declared():
 
 
 def test_every_import_of_the_project_is_a_declared_dependency():
-    provides = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "rattler": "py-rattler"}
+    provides = {
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+        "rattler": "py-rattler",
+        "skimage": "scikit-image",
+    }
     provides |= {"farmhash": "cityhash", "google": "protobuf"}
     # Installed with what is declared, and documented as its parts.
     parts = {"cycler": "matplotlib", "nbformat": "nbval", "nbclient": "jupyter",
