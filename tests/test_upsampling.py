@@ -80,6 +80,15 @@ class TestInterpolation:
         x = np.arange(float(n_in))[None, None]
         assert (interpolate(x, n_out, mode=mode) == F.interpolate(torch.tensor(x), n_out, mode=mode).numpy()).all()
 
+    @pytest.mark.parametrize("n, factor", [(3, 2.088), (3, 1.2), (2, 1.4), (6, 1.16)])
+    @pytest.mark.parametrize("axes", [1, 2, 3])
+    @pytest.mark.parametrize("mode", EXACT)
+    def test_a_factor_that_is_not_the_ratio_of_the_sizes(self, n, factor, axes, mode):
+        """Torch has a short cut to the same size and to twice of it, for nearest in two dimensions only."""
+        x = normal(1, 1, *[n] * axes)
+        theirs = F.interpolate(torch.tensor(x), scale_factor=factor, mode=mode).numpy()
+        assert (interpolate(x, scale_factor=factor, mode=mode) == theirs).all()
+
     def test_torch_and_a_single_column(self):
         """Torch 2.13 with antialias returns the first pixel everywhere when the output is one column wide."""
         x = np.arange(5.0).reshape(1, 1, 5, 1)
