@@ -12,7 +12,14 @@ import pytest
 from collection import NOTEBOOKS, ROOT, TOPICS, calls, equation_problems, exercises, read
 from PIL import Image
 
-EXPECTED_NOTEBOOKS = ["00_start_here", "01_stochastic_approximation", "02_adamw", "03_feature_columns", "04_tfrecord"]
+EXPECTED_NOTEBOOKS = [
+    "00_start_here",
+    "01_stochastic_approximation",
+    "02_adamw",
+    "03_feature_columns",
+    "04_tfrecord",
+    "05_upsampling",
+]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 every_topic = pytest.mark.parametrize("path", TOPICS, ids=lambda path: path.stem)
