@@ -19,6 +19,7 @@ EXPECTED_NOTEBOOKS = [
     "03_feature_columns",
     "04_tfrecord",
     "05_upsampling",
+    "06_average_precision",
 ]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -39,3 +39,42 @@ def load_flights() -> dict[str, NDArray]:
         flights["arr_delay"][flights["arr_delay"] == -32768] = np.nan
         flights |= {name: stored[f"{name}_names"][stored[name]] for name in ("carrier", "origin", "dest", "tailnum")}
     return flights
+
+
+def load_cartucho() -> dict[str, NDArray]:
+    """Read 686 boxes of 30 classes, such as chairs and books, in 85 photographs, and 494 detections of 36 classes.
+
+    Returns
+    -------
+    dict of ndarray
+        By the names that `helpers.average_precision` takes: detections are boxes (float64, shape (494, 4): x1, y1,
+        x2, y2 in pixels), scores in [0, 1], classes and images (text); ground truth is true_boxes (686, 4),
+        true_classes and true_images; image_ids are all 85 images, one of which has no detections. Sorted by image.
+    """
+    return _load_boxes("cartucho.csv")
+
+
+def load_padilla() -> dict[str, NDArray]:
+    """Read 15 boxes of one class in 7 images, and 24 detections: an example small enough to check by hand.
+
+    Returns
+    -------
+    dict of ndarray
+        As from `load_cartucho`. Three pairs of detections have equal scores: .95, .45 and .44.
+    """
+    return _load_boxes("padilla.csv")
+
+
+def _load_boxes(name: str) -> dict[str, NDArray]:
+    image, label, score, *corners = np.loadtxt(_HERE / name, str, delimiter=",", skiprows=1, unpack=True)
+    boxes, found = np.stack(corners, axis=1).astype(float), score != ""  # ground truth has no score
+    return {
+        "boxes": boxes[found],
+        "scores": score[found].astype(float),
+        "classes": label[found],
+        "images": image[found],
+        "true_boxes": boxes[~found],
+        "true_classes": label[~found],
+        "true_images": image[~found],
+        "image_ids": np.unique(image),
+    }
