@@ -100,10 +100,12 @@ def interpolation_matrix(
     """
     if n_in < 1 or n_out < 1:
         raise ValueError(f"sizes must be at least 1, got {n_in} inputs and {n_out} outputs")
+    if scale is not None and not 0 < scale < np.inf:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if (align_corners or antialias) and mode not in _WIDE:
+        raise ValueError(f"align_corners and antialias have no meaning for {mode}: leave them out")
     if mode in ("nearest", "nearest-exact"):
-        step = np.float32(1 / scale) if scale else np.float32(n_in) / np.float32(n_out)
-        i = np.arange(n_out, dtype=np.float32) + np.float32(0.5 if mode == "nearest-exact" else 0)
-        return np.eye(n_in)[np.minimum(np.floor(i * step).astype(int), n_in - 1)]  # in float32, as torch does
+        return np.eye(n_in)[_nearest(n_in, n_out, mode, scale, np.float64)]
     if mode == "area":  # the mean of all inputs that an output pixel touches
         i, j = np.arange(n_out)[:, None], np.arange(n_in)
         touched = (j >= i * n_in // n_out) & (j < -((-(i + 1) * n_in) // n_out))
@@ -127,6 +129,24 @@ def interpolation_matrix(
     # What lies outside is the pixel at the border; several taps may fall on it.
     np.add.at(matrix, (np.arange(n_out)[:, None], np.clip(taps, 0, n_in - 1)), kernel(s - taps))
     return matrix
+
+
+def _nearest(
+    n_in: int, n_out: int, mode: str, scale: float | None, dtype: Any, small: bool = False
+) -> NDArray[np.int64]:
+    """Which input each output takes, eqs. (1) and (2), in torch's arithmetic: a rounded step, then `dtype`, then floor.
+
+    Where a product lies next to a whole number, the rounding decides.
+    """
+    step = dtype(1 / scale) if scale else dtype(n_in) / dtype(n_out)
+    i, half = np.arange(n_out, dtype=dtype), dtype(0.5)
+    if mode == "nearest":
+        place = i * step
+    elif small:
+        place = (i + half) * step
+    else:
+        place = np.maximum((i + half) * step - half, 0) + half
+    return np.minimum(np.floor(place.astype(np.float32)).astype(int), n_in - 1)
 
 
 def _antialiased(n_in: int, n_out: int, mode: str, align_corners: bool, scale: float | None) -> NDArray[np.float64]:
@@ -208,15 +228,22 @@ def interpolate(
         if recompute_scale_factor:
             raise ValueError("recompute_scale_factor needs a scale_factor")
         sizes = _for_each_axis(size, axes, "size")
+        if not all(isinstance(n, (int, np.integer)) for n in sizes):
+            raise ValueError(f"size must be made of integers, got {size}")
     one_axis = {"bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
     result = x
+    small = axes == 2 and sum(sizes) <= 128  # torch has another program for these: in float32, and with short cuts
     for axis, (n_out, factor) in enumerate(zip(sizes, factors, strict=True), 2):
-        if mode == "nearest" and axes == 2 and n_out in (x.shape[axis], 2 * x.shape[axis]):
-            factor = None  # torch takes a short cut here, in two dimensions only, and forgets the factor
-        matrix = interpolation_matrix(x.shape[axis], n_out, one_axis, bool(align_corners), factor, antialias)
+        n_in = x.shape[axis]
         if mode.startswith("nearest"):
-            result = np.take(result, matrix.argmax(1), axis)
+            if n_in < 1 or n_out < 1:
+                raise ValueError(f"sizes must be at least 1, got {n_in} inputs and {n_out} outputs")
+            if small and mode == "nearest" and n_out in (n_in, 2 * n_in):
+                factor = None
+            dtype = np.float32 if small or x.dtype != np.float64 else np.float64
+            result = np.take(result, _nearest(n_in, n_out, mode, factor, dtype, small), axis)
         else:
+            matrix = interpolation_matrix(n_in, n_out, one_axis, bool(align_corners), factor, antialias)
             result = np.moveaxis(np.tensordot(matrix, result, (1, axis)), 0, axis)
     return result.astype(x.dtype) if x.dtype.kind == "f" else result
 
@@ -342,7 +369,7 @@ def conv_transpose2d(
 
 
 def overlap_counts(n: int, kernel: int, stride: int, dilation: int = 1) -> NDArray[np.int64]:
-    """How many of `n` inputs reach each output of a transposed convolution, along one axis. Eq. (10)."""
+    """How many of `n` inputs reach each output of a transposed convolution, along one axis: (10) with all weights 1."""
     if min(n, kernel, stride, dilation) < 1:
         raise ValueError(f"sizes must be at least 1, got n={n}, kernel={kernel}, stride={stride}, dilation={dilation}")
     counts = np.zeros(conv_transpose_output_size(n, kernel, stride, dilation=dilation), int)
@@ -353,8 +380,8 @@ def overlap_counts(n: int, kernel: int, stride: int, dilation: int = 1) -> NDArr
 
 def _weight(weight: ArrayLike, groups: int, axis: int) -> Array:
     weight = np.asarray(weight)
-    if weight.ndim != 4:
-        raise ValueError(f"weight must have 4 axes, got shape {weight.shape}")
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"weight must have 4 axes and not be empty, got shape {weight.shape}")
     if groups < 1 or weight.shape[axis] % groups:
         raise ValueError(f"{weight.shape[axis]} channels cannot be divided into {groups} groups")
     return weight
@@ -401,15 +428,15 @@ def subpixel_as_conv_transpose(weight: ArrayLike, r: int) -> Array:
     Parameters
     ----------
     weight : array of shape (C r², in channels, k, k)
-        Of ``conv2d`` with odd k and padding (k - 1) / 2.
+        Of ``conv2d`` with stride 1, no dilation and padding p.
 
     Returns
     -------
     ndarray of shape (in channels, C, k r, k r)
-        For ``conv_transpose2d`` with stride r and padding r (k - 1) / 2.
+        For ``conv_transpose2d`` with stride r and padding r (k - 1 - p).
     """
-    weight = np.flip(np.asarray(weight), (2, 3))  # a transposed convolution stamps, a convolution slides: mirrored
-    return pixel_shuffle(np.swapaxes(weight, 0, 1), r)
+    weight = np.flip(_weight(weight, 1, 0), (2, 3))  # a transposed convolution stamps, a convolution slides: mirrored
+    return np.ascontiguousarray(pixel_shuffle(np.swapaxes(weight, 0, 1), r))
 
 
 @torch.no_grad()
@@ -417,6 +444,8 @@ def icnr_(
     weight: torch.Tensor, r: int, initialize: Callable[[torch.Tensor], Any] = torch.nn.init.kaiming_normal_
 ) -> torch.Tensor:
     """Fill the weight of a convolution before ``pixel_shuffle`` so that it starts as nearest upsampling. Eq. (14).
+
+    Its bias has to be equal within each block of r² channels, too: zero it, or leave it out.
 
     Parameters
     ----------
@@ -476,7 +505,7 @@ def max_unpool(
     x, indices : arrays of shape (batch, channels, height, width)
         As `max_pool` gives them. Where windows overlap an index may occur twice; then the last value counts.
     output_size
-        Height and width, where the pooling left some pixels over; (n - 1) stride + kernel otherwise.
+        Height and width, where the pooling left some pixels over; (n - 1) stride + kernel if not given.
     """
     x, indices = np.asarray(x), np.asarray(indices)
     kernel = _pair(kernel_size, "kernel_size")
@@ -485,8 +514,12 @@ def max_unpool(
         raise ValueError(
             f"x and indices must have one shape (batch, channels, height, width), got {x.shape} and {indices.shape}"
         )
-    smallest = [(n - 1) * s + k for n, s, k in zip(x.shape[2:], stride, kernel, strict=True)]
-    height, width = smallest if output_size is None else tuple(output_size)[-2:]
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"indices must be integers, got {indices.dtype}")
+    usual = tuple((n - 1) * s + k for n, s, k in zip(x.shape[2:], stride, kernel, strict=True))
+    height, width = usual if output_size is None else _for_each_axis(output_size, 2, "output_size")
+    if not all(u - s < size < u + s for u, s, size in zip(usual, stride, (height, width), strict=True)):
+        raise ValueError(f"output_size must lie within less than a stride {stride} of {usual}, got {(height, width)}")
     bad = (indices < 0) | (indices >= height * width)
     if bad.any():
         raise ValueError(f"index {indices[bad][0]} lies outside of the output of {height} × {width} pixels")

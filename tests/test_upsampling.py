@@ -74,11 +74,29 @@ class TestInterpolation:
         assert ours.shape == theirs.shape
         assert np.abs(ours - theirs).max() <= (0 if given["mode"] in EXACT else 1e-10)
 
+    @pytest.mark.parametrize("mode", EXACT)
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32])
+    @pytest.mark.parametrize(
+        "n, m",
+        [
+            ((39,), (33,)),
+            ((14,), (23,)),
+            ((26, 26), (22, 22)),
+            ((14, 14), (23, 23)),
+            ((40, 41), (92, 82)),
+            ((200, 39), (150, 33)),
+            ((12, 26, 28), (10, 11, 12)),
+        ],
+    )
+    def test_nearest_rounds_as_torch_does(self, n, m, dtype, mode):
+        """Products with the step lie next to whole numbers; the precision of torch's program for the case decides."""
+        x = np.arange(np.prod(n)).reshape(1, 1, *n).astype(dtype)
+        assert (interpolate(x, m, mode=mode) == F.interpolate(torch.tensor(x), m, mode=mode).numpy()).all()
+
     @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(EXACT))
-    def test_nearest_rounds_as_torch_does(self, n_in, n_out, mode):
-        """At large sizes the product with the step lies next to whole numbers, and float32 decides."""
-        x = np.arange(float(n_in))[None, None]
-        assert (interpolate(x, n_out, mode=mode) == F.interpolate(torch.tensor(x), n_out, mode=mode).numpy()).all()
+    def test_nearest_rounds_as_torch_does_anywhere(self, n, m, mode):
+        x = np.arange(float(n))[None, None]
+        assert (interpolate(x, m, mode=mode) == F.interpolate(torch.tensor(x), m, mode=mode).numpy()).all()
 
     @pytest.mark.parametrize("n, factor", [(3, 2.088), (3, 1.2), (2, 1.4), (6, 1.16)])
     @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -125,19 +143,32 @@ class TestInterpolation:
         assert matrix.shape == (n_out, n_in)
         assert np.abs(matrix.sum(1) - 1).max() < 1e-12
 
-    @pytest.mark.parametrize("mode, power", [("linear", 1), ("cubic", 1)])
-    def test_a_straight_line_stays_one_inside(self, mode, power):
+    def test_linear_keeps_a_straight_line_inside_and_torchs_cubic_does_not(self):
         at = source_coordinate(40, 97)
         inside = (at > 2) & (at < 37)
-        line = interpolation_matrix(40, 97, mode) @ np.arange(40.0) ** power
-        assert np.abs(line - at**power)[inside].max() < (1e-12 if mode == "linear" else 0.2)
-        assert mode == "linear" or np.abs(line - at)[inside].max() > 0.01  # a = -0.75 does not keep it
+        for mode, low, high in (("linear", 0, 1e-12), ("cubic", 0.01, 0.2)):
+            off = np.abs(interpolation_matrix(40, 97, mode) @ np.arange(40.0) - at)[inside].max()
+            assert low <= off < high
 
     def test_the_cubic_kernel_with_half_keeps_parabolas(self):
         for t in np.linspace(0, 1, 11):
             taps = np.arange(-1, 3)
             assert cubic_kernel(t - taps, -0.5) @ taps**2 == pytest.approx(t**2)
             assert cubic_kernel(t - taps).sum() == pytest.approx(1)
+
+    @pytest.mark.parametrize(
+        "given, problem",
+        [
+            (("nearest", True), "no meaning for nearest"),
+            (("area", False, None, True), "no meaning for area"),
+            (("linear", False, -2), "scale must be positive, got -2"),
+            (("cubic", False, 0), "scale must be positive, got 0"),
+            (("quadratic",), "must be one of .*got 'quadratic'"),
+        ],
+    )
+    def test_matrices_that_cannot_be(self, given, problem):
+        with pytest.raises(ValueError, match=problem):
+            interpolation_matrix(4, 8, *given)
 
     def test_dtypes(self):
         image = np.arange(12, dtype=np.uint8).reshape(1, 1, 3, 4)
@@ -154,6 +185,7 @@ class TestInterpolation:
             ({}, "either size or scale_factor"),
             ({"size": 3, "scale_factor": 2}, "either size or scale_factor"),
             ({"size": (3, 3, 3)}, "size must be a number or 2 of them"),
+            ({"size": 2.5}, "size must be made of integers, got 2.5"),
             ({"size": 0}, "at least 1, got 3 inputs and 0 outputs"),
             ({"scale_factor": 0.1}, "at least 1"),
             ({"scale_factor": -1}, "must be positive, got -1"),
@@ -280,8 +312,9 @@ class TestTransposedConvolution:
     def test_shapes_that_do_not_fit_are_named(self):
         with pytest.raises(ValueError, match=r"\(batch, 2, height, width\) to fit the weight, got \(1, 5, 4, 4\)"):
             conv_transpose2d(np.ones((1, 5, 4, 4)), np.ones((2, 3, 3, 3)))
-        with pytest.raises(ValueError, match="weight must have 4 axes"):
-            conv_transpose2d(np.ones((1, 5, 4, 4)), np.ones((2, 3)))
+        for weight in (np.ones((2, 3)), np.ones((5, 1, 0, 3))):
+            with pytest.raises(ValueError, match="weight must have 4 axes and not be empty"):
+                conv_transpose2d(np.ones((1, 5, 4, 4)), weight)
         with pytest.raises(ValueError, match="does not fit into"):
             conv_matrix(np.ones((1, 1, 5, 5)), (3, 3))
         with pytest.raises(ValueError, match="at least 1, got n=3, kernel=0"):
@@ -304,11 +337,12 @@ class TestPixelShuffle:
         assert (pixel_shuffle(x.reshape(4, c, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), 2) == out).all()
         assert (pixel_shuffle(x, 2) != out).any()
 
-    @pytest.mark.parametrize("r, kernel", [(1, 3), (2, 3), (3, 3), (2, 5), (3, 1)])
-    def test_subpixel_convolution_is_a_transposed_convolution(self, r, kernel):
+    @pytest.mark.parametrize("r, kernel, padding", [(1, 3, 1), (2, 3, 1), (3, 3, 0), (2, 5, 2), (3, 1, 0), (2, 4, 1)])
+    def test_subpixel_convolution_is_a_transposed_convolution(self, r, kernel, padding):
         x, weight = normal(2, 3, 5, 4), normal(2 * r * r, 3, kernel, kernel, seed=1)
-        shuffled = F.pixel_shuffle(F.conv2d(torch.tensor(x), torch.tensor(weight), padding=kernel // 2), r)
-        transposed = conv_transpose2d(x, subpixel_as_conv_transpose(weight, r), stride=r, padding=r * (kernel // 2))
+        shuffled = F.pixel_shuffle(F.conv2d(torch.tensor(x), torch.tensor(weight), padding=padding), r)
+        stamp = torch.tensor(subpixel_as_conv_transpose(weight, r))
+        transposed = conv_transpose2d(x, stamp, stride=r, padding=r * (kernel - 1 - padding))
         assert np.abs(shuffled.numpy() - transposed).max() < 1e-12
 
     @pytest.mark.parametrize("r", [1, 2, 3])
@@ -357,5 +391,10 @@ class TestUnpooling:
             max_unpool(np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 1), int), 2)
         with pytest.raises(ValueError, match="index 99 lies outside of the output of 4 × 4 pixels"):
             max_unpool(np.ones((1, 1, 2, 2)), np.full((1, 1, 2, 2), 99), 2)
+        for size in ((100, 100), (2, 2), 6):
+            with pytest.raises(ValueError, match="output_size must lie within less than a stride"):
+                max_unpool(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 2, 2), int), 2, output_size=size)
+        with pytest.raises(ValueError, match="indices must be integers, got float64"):
+            max_unpool(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 2, 2)), 2)
         with pytest.raises(ValueError, match="hold a window of"):
             max_pool(np.ones((1, 1, 2, 2)), 3)
