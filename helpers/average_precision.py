@@ -140,7 +140,9 @@ def match_detections(
     """
     problem = _gather(boxes, scores, true_boxes, classes, true_classes, class_ids, images, true_images, image_ids,
                       difficult, crowd, rule, max_detections)  # fmt: skip
-    assigned = next(_assign(problem, _thresholds(threshold)[:1], strict, plus_one, rule))
+    if np.ndim(threshold):
+        raise ValueError(f"match_detections takes one threshold, got {threshold}")
+    assigned = next(_assign(problem, _thresholds(threshold), strict, plus_one, rule))
     truth = np.full(problem.given, -1)
     tp, fp = np.zeros((2, problem.given), bool)
     truth[problem.rows] = assigned
@@ -185,6 +187,8 @@ def precision_recall(scores: ArrayLike, tp: ArrayLike, fp: ArrayLike, positives:
     tp, fp = _flags("tp", tp, len(scores)), _flags("fp", fp, len(scores))
     if (tp & fp).any():
         raise ValueError(f"row {(tp & fp).argmax()} is both a true and a false positive")
+    if not isinstance(positives, (int, np.integer)) or positives < 0:
+        raise ValueError(f"positives must be an integer of at least 0, got {positives}")
     if positives < tp.sum():
         raise ValueError(f"positives is {positives}, but {tp.sum()} detections are true positives")
     order = np.argsort(-scores, kind="stable")
@@ -239,9 +243,9 @@ def ap_11_point(recall: ArrayLike, precision: ArrayLike, grid: Literal["exact", 
     Parameters
     ----------
     grid
-        "exact": a recall of 3/10 reaches .3. "arange": the numbers of ``np.arange(0, 1.1, .1)``, which nearly every
-        Python translation uses; the rounded .3, .6 and .7 are too large there, so that 3/10, 6/10 and 7/10 do not
-        reach them.
+        "exact": a recall of 3/10 reaches .3. "arange": the numbers of ``np.arange(0, 1.1, .1)``, which most Python
+        translations use; the rounded .3, .6 and .7 are too large there, so that 3/10, 6/10 and 7/10 do not reach
+        them. (MATLAB's 0:.1:1, in VOC's own program, misses .3 as well, by what its users report.)
     """
     return _ap_at({"exact": np.arange(11) / 10, "arange": np.arange(0, 1.1, 0.1)}, grid, recall, precision)
 
@@ -359,8 +363,8 @@ def _gather(
     """Check everything, number classes and images, and sort once."""
     if rule not in ("voc", "coco"):
         raise ValueError(f"rule must be 'voc' or 'coco', got {rule!r}")
-    if max_detections is not None and not max_detections >= 1:
-        raise ValueError(f"max_detections must be at least 1 or None, got {max_detections}")
+    if max_detections is not None and not (isinstance(max_detections, (int, np.integer)) and max_detections >= 1):
+        raise ValueError(f"max_detections must be an integer of at least 1 or None, got {max_detections}")
     boxes, true_boxes = _boxes("boxes", boxes), _boxes("true_boxes", true_boxes)
     n, m = len(boxes), len(true_boxes)
     scores = _scores(scores, n)
@@ -424,7 +428,7 @@ def _assign(
 
 
 def _pairs(problem: _Problem, least: float, plus_one: bool) -> tuple[NDArray, NDArray, NDArray]:
-    """Detection, true box and overlap of all pairs in one image and class that overlap by `least`; detections rise."""
+    """Find all pairs in one image and class that overlap by `least`: detection, which rises, true box and overlap."""
     by_group = np.argsort(problem.true_group, kind="stable")
     runs = problem.true_group[by_group]
     first, last = (np.searchsorted(runs, problem.group, side=side) for side in ("left", "right"))
@@ -510,6 +514,8 @@ def _flags(name: str, values: Any, count: int) -> NDArray[np.bool_]:
 
 
 def _ids(name: str, values: Any) -> NDArray:
+    if isinstance(values, (list, tuple)) and len({isinstance(value, str) for value in values}) > 1:
+        raise ValueError(f"{name}: some ids are integers and some are texts, and 1 is not '1'")
     ids = np.asarray(values)
     if ids.dtype == object:  # a column of a table
         ids = np.asarray(ids.tolist())
