@@ -214,6 +214,10 @@ class TestVoc:
         assert len(data["boxes"]) == 494 and len(data["true_boxes"]) == 686 and len(data["image_ids"]) == 85
         assert len(result.left_out) == 6 + 2 and (result.positives > 0).sum() == 30
 
+    def test_exactly_at_the_threshold(self):
+        truth, found = [[0, 0, 10, 10]], [[0, 0, 10, 5]]
+        assert [match_detections(found, [0.9], truth, strict=strict).tp[0] for strict in (False, True)] == [True, False]
+
     def test_difficult_boxes_take_any_number(self):
         truth, found = [[0, 0, 9, 9]], [[0, 0, 9, 9]] * 3
         matches = match_detections(found, [0.9, 0.8, 0.7], truth, difficult=[True])
@@ -245,6 +249,30 @@ class TestCoco:
     def test_where_the_rules_differ(self):
         truth, found = [[0, 0, 10, 10], [4, 0, 14, 10]], [[0, 0, 10, 10], [1, 0, 11, 10]]
         assert [match_detections(found, [0.9, 0.8], truth, rule=r).tp.sum() for r in ("voc", "coco")] == [1, 2]
+
+    @pytest.mark.parametrize("threshold", [0.5, 1.0])
+    def test_ties_of_overlap_and_a_threshold_of_1_against_pycocotools(self, threshold):
+        """Of two equal true boxes COCO takes the last; which one matters, as another detection fits only the first."""
+        problem = {
+            "boxes": [[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 16]],
+            "scores": [0.9, 0.8, 0.7],
+            "true_boxes": [[0, 0, 10, 12], [0, 2, 10, 12], [0, 0, 10, 10]],
+            "crowd": np.zeros(3, bool),
+        }
+        twins = problem | {"true_boxes": [[0, 0, 10, 12], [0, 0, 10, 12], [40, 0, 50, 10]]}
+        for case in (problem, twins):
+            ids = {key: np.zeros(3, int) for key in ("classes", "images", "true_classes", "true_images")}
+            case = {k: np.array(v) for k, v in case.items()} | ids | {"class_ids": [0], "image_ids": [0]}
+            result = ours(case, rule="coco", thresholds=threshold, max_detections=100, average=ap_101_point)
+            assert result.ap[0, 0] == pytest.approx(by_pycocotools(case, [threshold])[0, 0], abs=1e-9)
+        matches = match_detections([[0, 0, 10, 12]], [0.9], [[0, 0, 10, 12]] * 2, rule="coco", threshold=threshold)
+        assert matches.truth.tolist() == [1]
+        assert match_detections([[0, 0, 3, 3]], [0.9], [[0, 0, 3, 3]], rule="coco", threshold=1.0).tp.all()
+
+    def test_a_threshold_of_1_means_a_little_less(self):
+        almost = [[0, 0, 10, 10 - 1e-10]]
+        found = [match_detections(almost, [0.9], [[0, 0, 10, 10]], rule=r, threshold=1).tp[0] for r in ("voc", "coco")]
+        assert found == [False, True]
 
     def test_pairs_in_small_portions(self, monkeypatch):
         problem = random_problem(8)
