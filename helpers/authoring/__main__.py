@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from helpers.authoring import bench, build, export, look, new
+from helpers.authoring import bench, build, export, look, new, train
 from helpers.authoring.lab import BrowserMissing
 
 
@@ -39,6 +39,9 @@ def main() -> int:
     command.add_argument("notebooks", **notebooks)
     command.add_argument("--slides", action="store_true", help="slides instead of pages")
     command.add_argument("--to", type=Path, default=Path("build/html"), help="folder for the pages")
+
+    command = commands.add_parser("train", help="record the trainings of a topic; takes minutes")
+    command.add_argument("topic", choices=list(train.VARIANTS))
 
     command = commands.add_parser("new", help="start a topic: notebook, helper module and test")
     command.add_argument("name", help="such as 13_diffusion")
@@ -81,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         case "export":
             for path in arguments.notebooks:
                 print(export.export(path, arguments.to, slides=arguments.slides))
+        case "train":
+            print(train.record(arguments.topic))
         case "new":
             for path in new.new(arguments.name):
                 print(path)

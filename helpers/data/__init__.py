@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def load_padilla() -> dict[str, NDArray]:
         As from `load_cartucho`. Three pairs of detections have equal scores: .95, .45 and .44.
     """
     return _load_boxes("padilla.csv")
+
+
+def load_moby_dick() -> NDArray[np.uint8]:
+    """Chapters 1 to 40 of Moby-Dick by Herman Melville (1851), as bytes of UTF-8: a long real sequence.
+
+    Returns
+    -------
+    ndarray of uint8, shape (363088,)
+        82 different values; ``bytes(text).decode()`` gives the text back.
+    """
+    return np.frombuffer(gzip.decompress((_HERE / "moby_dick.txt.gz").read_bytes()), np.uint8).copy()
 
 
 def _load_boxes(name: str) -> dict[str, NDArray]:

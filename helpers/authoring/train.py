@@ -1,0 +1,86 @@
+"""Record trainings that take longer than a notebook may; notebooks show the records and repeat their first steps."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.byte_model import DATA, ByteModel, linear_stateful, softmax_cached, train, transformer, validate
+from helpers.flash import RowMeter, flash_model
+from helpers.linear_attention import linear_attention
+from helpers.transnormer import TrainingMeter, norm_stateful, two_stage, unscaled_stateful
+
+STEPS, SEEDS = 1200, 5
+
+
+def relu_stateful(q: Tensor, k: Tensor, v: Tensor, state: tuple | None = None) -> tuple:
+    """Linear attention with relu; the sum of the weights may be zero, hence the eps."""
+    return linear_attention(q, k, v, feature_map=torch.relu, eps=1e-6, initial_state=state)
+
+
+#: By topic and variant: what builds a model from a seed.
+VARIANTS: dict[str, dict[str, Callable[..., ByteModel]]] = {
+    "08_linear_attention": {
+        "softmax": lambda seed: transformer(softmax_cached, seed=seed),
+        "linear": lambda seed: transformer(linear_stateful, seed=seed),
+    },
+    "10_transnormer": {
+        "softmax": partial(transformer, softmax_cached),
+        "linear": partial(transformer, linear_stateful),
+        "unscaled": partial(transformer, unscaled_stateful),
+        "norm": partial(transformer, norm_stateful),
+        "diag+norm": partial(transformer, two_stage()),
+        "diag+linear": partial(transformer, two_stage(late=linear_stateful)),
+        "relu": partial(transformer, relu_stateful),
+    },
+    "11_flash": {
+        "GAU": flash_model,
+        "FLASH": partial(flash_model, chunk_size=32),
+        "GAU, softmax": partial(flash_model, kernel="softmax"),
+    },
+}
+
+#: By topic: what is measured besides the losses. A fresh one each run, given to `train`; `result` makes named arrays.
+METERS: dict[str, Callable[[], TrainingMeter | RowMeter]] = {"10_transnormer": TrainingMeter, "11_flash": RowMeter}
+
+
+def record(topic: str) -> str:
+    """Train every variant of a topic from every seed, on one thread; store losses, and of 08 the first seed's weights.
+
+    Returns
+    -------
+    str
+        What was written.
+    """
+    torch.set_num_threads(1)
+    stored, start = {}, time.perf_counter()
+    for name, build in VARIANTS[topic].items():
+        losses, validation, extra = [], [], {}
+        for seed in range(SEEDS):
+            model = build(seed=seed)
+            meter = METERS[topic]() if topic in METERS else None
+            losses.append(train(model, steps=STEPS, seed=seed, on_step=meter))
+            validation.append(validate(model))
+            for key, value in meter.result(model).items() if meter else ():
+                extra.setdefault(f"extra/{key}/{name}", []).append(value)
+            print(f"{topic} {name} seed {seed}: {validation[-1]:.3f}", flush=True)
+            if topic == "08_linear_attention" and seed == 0:
+                weights = {key: value.numpy().astype(np.float16) for key, value in model.state_dict().items()}
+                np.savez_compressed(DATA / f"byte_model_{name}.npz", **weights)
+        stored |= {
+            f"losses/{name}": np.array(losses, np.float32),
+            f"validation/{name}": np.array(validation, np.float32),
+            **{key: np.array(values, np.float32) for key, values in extra.items()},
+        }
+    minutes = (time.perf_counter() - start) / 60
+    today = datetime.date.today().isoformat()
+    stored["made"] = f"{today}, one thread of {platform.machine()}, torch {torch.__version__}, {minutes:.0f} minutes"
+    np.savez_compressed(DATA / f"runs_{topic}.npz", **stored)
+    return f"runs_{topic}.npz: {stored['made']}"
