@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from helpers.data import load_moby_dick
-from helpers.linear_attention import linear_attention
+from helpers.linear_attention import delta_rule, linear_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
 BYTES = 256
@@ -37,6 +37,17 @@ def softmax_cached(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[
 def linear_stateful(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Causal linear attention with elu + 1; the state is d × (d + 1) numbers a head, however long the sequence."""
     return linear_attention(q, k, v, initial_state=state)
+
+
+def decay_stateful(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Causal linear attention with elu + 1 and RetNet's decay, 1 - 2^(-5 - h) for head h."""
+    decay = 1 - 2.0 ** (-5 - torch.arange(q.shape[1], device=q.device))
+    return linear_attention(q, k, v, decay=decay, initial_state=state)
+
+
+def delta_stateful(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Write keys and ask queries of length 1 by the delta rule with beta = 1: no feature map, no normaliser."""
+    return delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, initial_state=state)
 
 
 class AttentionBlock(nn.Module):

@@ -12,8 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.byte_model import DATA, ByteModel, linear_stateful, softmax_cached, train, transformer, validate
-from helpers.flash import RowMeter, flash_model
+from helpers.byte_model import (
+    DATA,
+    ByteModel,
+    decay_stateful,
+    delta_stateful,
+    linear_stateful,
+    softmax_cached,
+    train,
+    transformer,
+    validate,
+)
+from helpers.flash import RowMeter, flash_model, rotary_softmax
 from helpers.linear_attention import linear_attention
 from helpers.transnormer import TrainingMeter, norm_stateful, two_stage, unscaled_stateful
 
@@ -30,6 +40,8 @@ VARIANTS: dict[str, dict[str, Callable[..., ByteModel]]] = {
     "08_linear_attention": {
         "softmax": lambda seed: transformer(softmax_cached, seed=seed),
         "linear": lambda seed: transformer(linear_stateful, seed=seed),
+        "decay": lambda seed: transformer(decay_stateful, seed=seed),
+        "delta rule": lambda seed: transformer(delta_stateful, seed=seed),
     },
     "10_transnormer": {
         "softmax": partial(transformer, softmax_cached),
@@ -45,10 +57,19 @@ VARIANTS: dict[str, dict[str, Callable[..., ByteModel]]] = {
         "FLASH": partial(flash_model, chunk_size=32),
         "GAU, softmax": partial(flash_model, kernel="softmax"),
     },
+    "11_flash_rotary": {
+        "GAU": partial(flash_model, rotary=True),
+        "FLASH": partial(flash_model, rotary=True, chunk_size=32),
+        "MHA + FFN": partial(transformer, rotary_softmax),
+    },
 }
 
 #: By topic: what is measured besides the losses. A fresh one each run, given to `train`; `result` makes named arrays.
-METERS: dict[str, Callable[[], TrainingMeter | RowMeter]] = {"10_transnormer": TrainingMeter, "11_flash": RowMeter}
+METERS: dict[str, Callable[[], TrainingMeter | RowMeter]] = {
+    "10_transnormer": TrainingMeter,
+    "11_flash": RowMeter,
+    "11_flash_rotary": RowMeter,
+}
 
 
 def record(topic: str) -> str:
@@ -71,7 +92,7 @@ def record(topic: str) -> str:
             for key, value in meter.result(model).items() if meter else ():
                 extra.setdefault(f"extra/{key}/{name}", []).append(value)
             print(f"{topic} {name} seed {seed}: {validation[-1]:.3f}", flush=True)
-            if topic == "08_linear_attention" and seed == 0:
+            if topic == "08_linear_attention" and name in ("softmax", "linear") and seed == 0:
                 weights = {key: value.numpy().astype(np.float16) for key, value in model.state_dict().items()}
                 np.savez_compressed(DATA / f"byte_model_{name}.npz", **weights)
         stored |= {
