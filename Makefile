@@ -32,7 +32,7 @@ install-test: .venv/installed-test  ## … and all that the tests need
 	$(PYTHON) -m venv .venv
 
 test: install-test  ## run everything that is checked, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile notebooks tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests
 
 build: install-test  ## execute notebooks anew and store them cleaned (NOTEBOOKS=... for some)
 	$(BIN)/python -m helpers.authoring build $(NOTEBOOKS)

@@ -29,6 +29,12 @@ hypothesis.settings.load_profile("steady")
 
 sys.path.insert(0, str(ROOT / "tests"))
 import offline  # noqa: E402, F401  (importing it closes the network in this process)
+from beyond_nbval import pytest_runtest_call  # noqa: E402, F401  (a hook)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the browser: it takes longest and runs in one process, while the other does all the rest."""
+    items.sort(key=lambda item: "browser" not in item.path.parts)
 
 
 def pytest_sessionfinish(session):

@@ -29,7 +29,7 @@ DIFFERENT_LEVELS = 64
 DIFFERENT_PIXELS = 25
 
 
-_DRIVE_AGAIN = """
+DRIVE_AGAIN = """
 from helpers.teaching.widgets import EXPLORERS
 for _explorer in list(EXPLORERS.values()):
     _explorer.require_unchanged()
@@ -111,7 +111,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         store_widget_state=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    fresh.cells.append(nbformat.v4.new_code_cell(_DRIVE_AGAIN))
+    fresh.cells.append(nbformat.v4.new_code_cell(DRIVE_AGAIN))
     try:
         client.execute(env=os.environ | {"DRIVE_WIDGETS": "0"})  # at the end only; nbval drives them at their cells
     except CellExecutionError as error:
