@@ -5,12 +5,13 @@
 The causal sum runs over j <= i. It is computed in chunks: quadratic inside a chunk, through a state of size d × e from
 chunk to chunk. A chunk of one token is the recurrent form, a chunk of all tokens the parallel one. The equations are
 those of 08_linear_attention. Sources: A. Katharopoulos and others, "Transformers are RNNs" (arXiv 2006.16236); Y. Sun
-and others, RetNet (arXiv 2307.08621), decay and chunks; S. Yang and others, GLA (arXiv 2312.06635), gates, and DeltaNet
-(arXiv 2406.06484), the delta rule.
+and others, RetNet (arXiv 2307.08621), decay and chunks; S. Yang and others, GLA (arXiv 2312.06635), gates; I. Schlag
+and others (arXiv 2102.11174), the delta rule; S. Yang and others (arXiv 2406.06484), its chunks.
 
 All functions take tensors of shape (..., n, d): n tokens, d features, any leading axes that broadcast against each
-other (a batch, heads). Nothing is scaled by 1/√d here except in `softmax_attention`; scale q where you want it. Half
-precision is computed in float32, states included, and rounded once, at the output.
+other (a batch, heads). Nothing is scaled by 1/√d here except in `softmax_attention`; scale q where you want it. From
+half precision, linear attention, the gates and the delta rule compute in float32, states and feature maps included, and
+round once, at the output.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
     Eq. (5) of 08_linear_attention; Katharopoulos 2020, eq. 7.
     """
-    return F.elu(x).add_(1)
+    return F.relu(x) + x.clamp(max=0).exp()  # not elu(x) + 1: in float32 that cancels to 0 from -17 on
 
 
 def one_and_direction(x: Tensor) -> Tensor:
@@ -105,14 +106,15 @@ def attention_weights(
     Tensor, shape (..., n, m)
     """
     _require_tensors(q, k, k, causal)
-    phi_q, phi_k = _features(q, k, feature_map)
+    work = _working_type(q)
+    phi_q, phi_k = _features(q.to(work), k.to(work), feature_map)
     weights = phi_q @ phi_k.mT
     if causal:
         weights = weights.tril()
     if (gamma := _decay_of(decay, causal, weights)) is not None:
         position = torch.arange(weights.shape[-1], device=weights.device)
         weights = weights * gamma[..., None, None] ** (position[:, None] - position).clamp(min=0)
-    return weights / (weights.sum(-1, keepdim=True) + eps) if normalize else weights
+    return (weights / (weights.sum(-1, keepdim=True) + eps) if normalize else weights).to(q.dtype)
 
 
 # --- Linear attention
@@ -133,7 +135,7 @@ def linear_attention(
 ) -> tuple[Tensor, State]:
     """Attention with phi(q)·psi(k) in place of exp(q·k), in time and memory proportional to n.
 
-    Eqs. (4), (8)–(12) of 08_linear_attention; Katharopoulos 2020, eqs. 5–12; RetNet, eq. 7 (chunks with decay).
+    Eqs. (4), (8)–(11) and (19) of 08_linear_attention; Katharopoulos 2020, eqs. 5–12; RetNet, eq. 7 (chunks and decay).
 
     Parameters
     ----------
@@ -186,7 +188,9 @@ def linear_attention(
         return out.to(v.dtype), State(s[..., :-1], s[..., -1])
 
     # One leading axis: a batch of matrices, however many axes there were.
-    q, k, v, start = (x.expand(*leading, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (q, k, v, start))
+    q, k, v, start = (
+        x.expand(*leading, *x.shape[-2:]).reshape(leading.numel(), *x.shape[-2:]) for x in (q, k, v, start)
+    )
     if gamma is not None:
         try:
             gamma = gamma.to(work).expand(leading).reshape(-1)
@@ -209,7 +213,7 @@ def linear_attention(
         out = torch.empty_like(v)
         s = _fill(out, q, k, v, start, gamma, chunk_size, prepare, finish)
     s = s.reshape(*leading, d, e + 1)
-    return out.reshape(*leading, -1, e), State(s[..., :-1], s[..., -1])
+    return out.reshape(*leading, q.shape[-2], e), State(s[..., :-1], s[..., -1])
 
 
 def recurrent_step(
@@ -225,7 +229,7 @@ def recurrent_step(
 ) -> tuple[Tensor, State]:
     """Attend with one more token, in time and memory that do not depend on how many came before.
 
-    Eqs. (8), (9) of 08_linear_attention; Katharopoulos 2020, eqs. 18–20.
+    Eqs. (9), (10) of 08_linear_attention; Katharopoulos 2020, eqs. 18–20.
 
     Parameters
     ----------
@@ -240,19 +244,18 @@ def recurrent_step(
     state : State
         After this token.
     """
-    _require_tensors(q[..., None, :], k[..., None, :], v[..., None, :], True)
-    work = _working_type(v)
-    phi_q, phi_k = (x.squeeze(-2).to(work) for x in _features(q[..., None, :], k[..., None, :], feature_map))
-    s, z = phi_k[..., :, None] * v.to(work)[..., None, :], phi_k
+    q, k, v = (x[..., None, :] for x in (q, k, v))
+    _require_tensors(q, k, v, True)
+    work, gamma = _working_type(v), _decay_of(decay, True, v)
+    phi_q, phi_k = _features(q.to(work), k.to(work), feature_map)
+    leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    s = (phi_k.mT @ _with_ones(v.to(work))).expand(*leading, -1, -1)
     if state is not None:
         _require_state(state, phi_k.shape[-1], v.shape[-1])
-        gamma = _decay_of(decay, True, v)
-        gamma = torch.ones((), dtype=work, device=v.device) if gamma is None else gamma.to(work)
-        s, z = s + gamma[..., None, None] * state.s, z + gamma[..., None] * state.z
-    out = (phi_q[..., None, :] @ s).squeeze(-2)
-    if normalize:
-        out = out / ((phi_q * z).sum(-1, keepdim=True) + eps)
-    return out.to(v.dtype), State(s, z.expand(s.shape[:-1]))
+        before = torch.cat([state.s, state.z[..., None]], -1)
+        s = s + (before if gamma is None else gamma.to(work)[..., None, None] * before)
+    out = _divided(phi_q @ s, normalize, eps).squeeze(-2)
+    return out.to(v.dtype), State(s[..., :-1], s[..., -1])
 
 
 class _Causal(torch.autograd.Function):
@@ -338,7 +341,7 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Forget by features and by data: S_i = diag(gate_i) S_{i-1} + k_i v_iᵀ, o_i = S_iᵀ q_i, token by token.
 
-    Eq. (18) of 08_linear_attention; GLA, eq. 3. Without a normaliser.
+    Eq. (20) of 08_linear_attention; GLA, eq. 3. Without a normaliser.
 
     Parameters
     ----------
@@ -360,12 +363,14 @@ def gated_linear_attention(
             f"gate must have shape (..., {k.shape[-2]}, {k.shape[-1]}) or (..., {k.shape[-2]}, 1), "
             f"got {tuple(gate.shape)}"
         )
-    s = torch.zeros((), dtype=v.dtype, device=v.device) if initial_state is None else initial_state
+    work, dtype = _working_type(v), v.dtype
+    q, k, v, gate = (x.to(work) for x in (q, k, v, gate))
+    s = torch.zeros((), dtype=work, device=v.device) if initial_state is None else initial_state
     out = []
     for i in range(q.shape[-2]):
         s = gate[..., i, :, None] * s + k[..., i, :, None] * v[..., i, None, :]
         out.append(q[..., i, None, :] @ s)
-    return torch.cat(out, dim=-2), s
+    return torch.cat(out, dim=-2).to(dtype), s
 
 
 def delta_rule(
@@ -379,8 +384,8 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Overwrite instead of adding: S_i = S_{i-1} + beta_i k_i (v_i - S_{i-1}ᵀ k_i)ᵀ, o_i = S_iᵀ q_i.
 
-    Eqs. (19)–(20) of 08_linear_attention; DeltaNet (Yang 2024), section 3.2. What is written under k_i is first read,
-    and only the difference is added. Within a chunk all differences are found at once, from a triangular system.
+    Eqs. (21), (22) of 08_linear_attention; Schlag 2021, and Yang 2024 for the chunks. What is written under k_i is
+    first read, and only the difference is added. In a chunk all differences are found at once, from a triangular system.
 
     Parameters
     ----------
@@ -400,7 +405,8 @@ def delta_rule(
     """
     _require_tensors(q, k, v, True)
     _require_chunk(chunk_size)
-    n = q.shape[-2]
+    n, dtype = q.shape[-2], v.dtype
+    q, k, v = (x.to(_working_type(x)) for x in (q, k, v))
     beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
     if beta.ndim and beta.shape[-1] != n:
         raise ValueError(f"beta must be a number or have shape (..., {n}), got {tuple(beta.shape)}")
@@ -416,13 +422,13 @@ def delta_rule(
         u = torch.linalg.solve_triangular(system, b_c * (v_c - k_c @ s), upper=False)
         out.append((q_c @ k_c.mT).tril() @ u + q_c @ s)
         s = s + k_c.mT @ u
-    return torch.cat(out, dim=-2), s
+    return torch.cat(out, dim=-2).to(dtype), s
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
     """How many directions a matrix really uses: exp of the entropy of its normalised singular values.
 
-    Eq. (16) of 08_linear_attention; O. Roy and M. Vetterli, "The effective rank" (2007). Between 1 and the rank;
+    Eq. (17) of 08_linear_attention; O. Roy and M. Vetterli, "The effective rank" (2007). Between 1 and the rank;
     k equal singular values and zeros give k.
 
     Parameters
@@ -434,7 +440,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
     -------
     Tensor, shape (...)
     """
-    share = torch.linalg.svdvals(matrix)
+    share = torch.linalg.svdvals(matrix.to(_working_type(matrix)))
     share = share / share.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp()
 

@@ -254,8 +254,39 @@ def test_low_precision_is_rounded_once(dtype, tol, grad):
     assert out.dtype == dtype and state.s.dtype == torch.float32
     exact, _ = linear_attention(*(x.detach().double() for x in (q, k, v)))
     close(out.detach().double(), exact, tol)
-    step, _ = recurrent_step(q[:, 0].detach(), k[:, 0], v[:, 0])
-    assert step.dtype == dtype
+    stepped, _ = step_by_step(3 * q.detach() - 8, k, v)
+    chunked, _ = linear_attention(3 * q.detach() - 8, k, v)
+    assert stepped.dtype == dtype
+    close(stepped.double(), chunked.double(), tol)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_gates_and_the_delta_rule_are_rounded_once_too(dtype, tol):
+    q, k, v = qkv(2, n=60, d=8, e=8, dtype=dtype)
+    k = F.normalize(k, dim=-1)
+    gate = torch.sigmoid(normal(2, 60, 8, seed=4)).to(dtype)
+    for rule, last in ((gated_linear_attention, gate), (delta_rule, 0.5)):
+        out, state = rule(q, k, v, last)
+        assert out.dtype == dtype and state.dtype == torch.float32
+        exact, _ = rule(q.double(), k.double(), v.double(), last.double() if torch.is_tensor(last) else last)
+        close(out.double(), exact, tol)
+    assert attention_weights(q, k, decay=0.5).dtype == dtype
+    assert abs(effective_rank(q[0]) - effective_rank(q[0].double())) < 1e-2
+
+
+def test_an_empty_batch_gives_an_empty_batch():
+    out, state = linear_attention(*(x[:0] for x in qkv(2, n=5)))
+    assert out.shape == (0, 5, 3) and state.s.shape == (0, 4, 3)
+
+
+def test_steps_broadcast_as_sequences_do():
+    q, k, v = normal(2, 3, 4), normal(3, 4, seed=1), normal(4, seed=2)[:3]
+    out, state = recurrent_step(q, k, v)
+    whole, end = linear_attention(q[..., None, :], k[..., None, :], v[None, :])
+    close(out, whole[..., 0, :])
+    assert state.s.shape == end.s.shape == (2, 3, 4, 3) and state.z.shape == end.z.shape
+    with pytest.raises(ValueError, match="decay must lie in"):
+        recurrent_step(q, k, v, decay=1.5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -300,6 +331,14 @@ def test_softmax_attention_is_torch_s(causal, scale):
     q, k, v = qkv(2, 3, n=9)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     close(softmax_attention(q, k, v, causal=causal, scale=scale), theirs)
+
+
+def test_elu_plus_one_keeps_its_relative_precision_in_float32_and_its_slope():
+    x = torch.linspace(-80, 5, 200, dtype=torch.float32, requires_grad=True)
+    exact = torch.where(x > 0, x.double() + 1, x.double().clamp(max=0).exp()).detach()
+    assert ((elu_plus_one(x).double() - exact).abs() / exact).max() < 1e-6  # elu(x) + 1 is 0 from -18 on
+    zero = torch.zeros(1, requires_grad=True)
+    assert torch.autograd.grad(elu_plus_one(zero), zero)[0] == 1
 
 
 def test_feature_maps():
