@@ -385,7 +385,7 @@ def delta_rule(
     """Overwrite instead of adding: S_i = S_{i-1} + beta_i k_i (v_i - S_{i-1}ᵀ k_i)ᵀ, o_i = S_iᵀ q_i.
 
     Eqs. (21), (22) of 08_linear_attention; Schlag 2021, and Yang 2024 for the chunks. What is written under k_i is
-    first read, and only the difference is added. In a chunk all differences are found at once, from a triangular system.
+    first read, and only the difference is added. A triangular system gives all differences of a chunk at once.
 
     Parameters
     ----------

@@ -20,6 +20,8 @@ EXPECTED_NOTEBOOKS = [
     "04_tfrecord",
     "05_upsampling",
     "06_average_precision",
+    "07_efficient_attention",
+    "08_linear_attention",
 ]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
