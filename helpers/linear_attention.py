@@ -143,7 +143,8 @@ def linear_attention(
         Shapes (..., n, d), (..., m, d) and (..., m, e); n = m if causal.
     feature_map
         A function of (..., n, d) to (..., n, any), one for q and k or a pair; None for the features as they are. In the
-        causal form it has to treat each token by itself, for it may be called with the tokens of one chunk.
+        causal form it has to treat each token by itself, for it may be called with the tokens of one chunk, all
+        leading axes flattened to one.
     causal
         Token i attends to the tokens j <= i only.
     normalize
