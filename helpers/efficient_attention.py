@@ -1,6 +1,7 @@
 """Attention that costs less than n²: sparse patterns, hashing, low rank, kernels, and softmax in one pass.
 
-Tensors have torch's layout, (…, tokens, features), and any floating dtype. A *pattern* is a function
+Tensors have torch's layout, (…, tokens, features), and any floating dtype; float16 and bfloat16 are computed in
+float32 and only the result is rounded, as a product q·k may exceed what float16 holds. A *pattern* is a function
 ``allowed(i, j)`` of two integer tensors, query and key positions, that tells elementwise whether query i may
 attend to key j; like the ``mask_mod`` of torch's FlexAttention it never needs an n × n table. A query that may
 attend nowhere gets zeros, as in ``torch.nn.functional.scaled_dot_product_attention``. The equations are those of
@@ -143,12 +144,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
         Factor of the scores; 1/√d if not given.
     """
     _require_fitting(q, k, v)
-    scores = q @ k.mT * _scale(q, scale)
-    if mask is None:
-        return scores.softmax(-1) @ v
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"the mask must hold booleans (True = may attend), got {mask.dtype}")
-    return _masked_softmax(scores, mask) @ v
+    scores = _scaled(q, scale) @ _wide(k).mT
+    weights = scores.softmax(-1) if mask is None else _masked_softmax(scores, mask)
+    return (weights @ _wide(v)).to(q.dtype)
 
 
 def _masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -203,17 +203,19 @@ def block_sparse_attention(
     pattern
         Which pairs are allowed, also within a block. Queries with none give zeros.
     layout
-        From `block_layout` with the same pattern, block and order; made here if not given.
+        From `block_layout` with the same pattern, block and order; made here if not given, which takes time n².
     order
-        A permutation under which the pattern fills few blocks, such as ``buckets.argsort()``. Eq. (12).
+        A permutation under which the pattern fills few blocks, such as ``buckets[0].argsort()``. Eq. (12).
 
     Returns
     -------
     tensor of shape (…, queries, width)
-        Equal to `attention` with the pattern as mask. Time is proportional to the number of blocks. Besides the
-        result, memory is that of one row of blocks (of all of them, if a gradient is wanted).
+        Equal to `attention` with the pattern as mask. Given the layout, its multiplications are proportional to the
+        number of blocks. Besides the result, memory is that of one row of blocks (of all of them, if a gradient is
+        wanted).
     """
     _require_fitting(q, k, v)
+    _require_positive("block", block)
     queries, keys = q.shape[-2], k.shape[-2]
     rows, columns = _positions(queries, keys, order)
     if layout is None:
@@ -224,9 +226,9 @@ def block_sparse_attention(
     for i, touched in zip(rows.split(block), layout, strict=True):
         at = (touched.nonzero() * block + within).flatten()
         j = columns[at[at < keys]]  # the last block may be smaller
-        scores = q[..., i, :] @ k[..., j, :].mT * _scale(q, scale)
-        result.append(_masked_softmax(scores, pattern(i[:, None], j[None, :])) @ v[..., j, :])
-    result = torch.cat(result, -2)
+        scores = _scaled(q[..., i, :], scale) @ _wide(k[..., j, :]).mT
+        result.append(_masked_softmax(scores, pattern(i[:, None], j[None, :])) @ _wide(v[..., j, :]))
+    result = torch.cat(result, -2).to(q.dtype)
     return result if order is None else result[..., order.argsort(), :]
 
 
@@ -236,19 +238,20 @@ def online_attention(
     """Exact softmax attention that sees the keys once, `block` of them at a time. Eqs. (23)–(25).
 
     For each query it keeps the largest score so far, the sum of exponentials and the weighted sum of values, both
-    relative to that score. Memory is queries × block. Sums of float16 and bfloat16 are kept in float32.
+    relative to that score. Memory is queries × block, as long as no gradient is wanted: torch's autograd would keep
+    the pieces of all steps, which is more than the dense program keeps. (FlashAttention computes them anew instead.)
     """
     _require_fitting(q, k, v)
     _require_positive("block", block)
-    kind = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    queries = _scaled(q, scale)
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    highest = torch.full((*lead, q.shape[-2], 1), -math.inf, dtype=kind)
+    highest = torch.full((*lead, q.shape[-2], 1), -math.inf, dtype=queries.dtype)
     total = torch.zeros_like(highest)
-    summed = torch.zeros(*lead, q.shape[-2], v.shape[-1], dtype=kind)
+    summed = torch.zeros(*lead, q.shape[-2], v.shape[-1], dtype=queries.dtype)
     i = torch.arange(q.shape[-2])[:, None]
     for start in range(0, k.shape[-2], block):
         part = slice(start, start + block)
-        scores = (q @ k[..., part, :].mT).to(kind) * _scale(q, scale)
+        scores = queries @ _wide(k[..., part, :]).mT
         if pattern is not None:
             j = torch.arange(k.shape[-2])[None, part]
             scores = scores.masked_fill(~pattern(i, j), -math.inf)
@@ -257,7 +260,7 @@ def online_attention(
         reference = higher.masked_fill(higher == -math.inf, 0)
         shrink, weights = (highest - reference).exp(), (scores - reference).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
-        summed = summed * shrink + weights @ v[..., part, :].to(kind)
+        summed = summed * shrink + weights @ _wide(v[..., part, :])
         highest = higher
     return (summed / total.masked_fill(total == 0, 1)).to(q.dtype)
 
@@ -339,15 +342,20 @@ def linformer_attention(q: Tensor, k: Tensor, v: Tensor, e: Tensor, f: Tensor) -
     for name, mix in (("e", e), ("f", f)):
         if mix.ndim != 2 or mix.shape[1] != k.shape[-2] or mix.shape[0] != e.shape[0]:
             raise ValueError(f"{name} must have shape (m, {k.shape[-2]}), one m for both, got {tuple(mix.shape)}")
-    return attention(q, e @ k, f @ v)
+    mixed_k, mixed_v = _wide(e) @ _wide(k), _wide(f) @ _wide(v)
+    return attention(_wide(q), mixed_k, mixed_v).to(q.dtype)
 
 
 def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
-    """Pseudo-inverse by the iteration of Nyströmformer, shape (…, m, m). Eqs. (18), (19); Xiong and others."""
+    """Pseudo-inverse by the iteration of Nyströmformer, shape (…, m, m). Eqs. (18), (19); Xiong and others.
+
+    Singular values far below the largest are still missing after a few iterations; see section 5.
+    """
     if a.shape[-1] != a.shape[-2]:
         raise ValueError(f"iterative_pinv needs square matrices, got shape {tuple(a.shape)}")
     one = torch.eye(a.shape[-1], dtype=a.dtype)
     largest = a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1)  # at least the square of the largest singular value
+    largest = largest.masked_fill(largest == 0, 1)  # the pseudo-inverse of 0 is 0
     z = a.mT / largest[..., None, None]
     for _ in range(iterations):
         az = a @ z
@@ -368,14 +376,15 @@ def nystrom_factors(q: Tensor, k: Tensor, landmarks: int, iterations: int | None
     Returns
     -------
     tensors of shape (…, n, m), (…, m, m), (…, m, n)
+        In float32 for float16 and bfloat16: entries of the pseudo-inverse may be large.
     """
     n, d = q.shape[-2:]
     _require_positive("landmarks", landmarks)
     if k.shape[-2] != n or n % landmarks:
         raise ValueError(f"landmarks must divide the number of queries and keys, got {landmarks} for {n}")
-    q_mean, k_mean = (x.unflatten(-2, (landmarks, n // landmarks)).mean(-2) for x in (q, k))
+    q_mean, k_mean = (_wide(x).unflatten(-2, (landmarks, n // landmarks)).mean(-2) for x in (q, k))
     left, middle, right = (
-        (a @ b.mT / math.sqrt(d)).softmax(-1) for a, b in ((q, k_mean), (q_mean, k_mean), (q_mean, k))
+        (a / math.sqrt(d) @ b.mT).softmax(-1) for a, b in ((_wide(q), k_mean), (q_mean, k_mean), (q_mean, _wide(k)))
     )
     inverse = torch.linalg.pinv(middle) if iterations is None else iterative_pinv(middle, iterations)
     return left, inverse, right
@@ -385,7 +394,7 @@ def nystrom_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iteration
     """Attention through landmarks, without the n × n matrix; not causal. Arguments as for `nystrom_factors`."""
     _require_fitting(q, k, v)
     left, inverse, right = nystrom_factors(q, k, landmarks, iterations)
-    return left @ (inverse @ (right @ v))
+    return (left @ (inverse @ (right @ _wide(v)))).to(q.dtype)
 
 
 # --- The kernel view
@@ -401,19 +410,25 @@ def cosformer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n = max(q.shape[-2], k.shape[-2])
 
     def features(x: Tensor) -> Tensor:
+        x = _wide(x)
         angle = (torch.arange(x.shape[-2], dtype=torch.float64) * (math.pi / 2 / n)).to(x.dtype)[:, None]
         return torch.cat([x.relu() * angle.cos(), x.relu() * angle.sin()], -1)
 
     a, b = features(q), features(k)
-    above, below = a @ (b.mT @ v), a @ b.sum(-2, keepdim=True).mT
-    return above / below.masked_fill(below == 0, 1)
+    above, below = a @ (b.mT @ _wide(v)), a @ b.sum(-2, keepdim=True).mT
+    return (above / below.masked_fill(below == 0, 1)).to(q.dtype)
 
 
-# --- Checks of arguments
+# --- Dtypes, and checks of arguments
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _scaled(q: Tensor, scale: float | None) -> Tensor:
+    # The scale goes into the queries: these are n · d numbers, not n², and no product is ever larger than its score.
+    return _wide(q) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def _positions(queries: int, keys: int, order: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -324,6 +324,21 @@ class TestBlockSparse:
         ):
             assert ours.dtype == dtype and (ours.double() - exact).abs().max() < tolerance
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_products_beyond_the_range_of_float16(self, dtype):
+        """q·k is up to 102,400, more than float16 holds, but 12,800 after scaling: SDPA is finite, and so are we."""
+        q = torch.full((1, 1, 8, 64), 40.0, dtype=dtype)
+        k = q * torch.linspace(0.99, 1, 8)[:, None].to(dtype)
+        v = normal(1, 1, 8, 4, dtype=dtype)
+        exact = sdpa(q.double(), k.double(), v.double())
+        for ours in (
+            attention(q, k, v),
+            block_sparse_attention(q, k, v, atrous(1, causal=False), block=4),
+            online_attention(q, k, v, 4),
+            linformer_attention(q, k, v, *[torch.eye(8, dtype=dtype)] * 2),
+        ):
+            assert ours.dtype == dtype and (ours.double() - exact).abs().max() < 0.02
+
     def test_equals_flex_attention(self):
         q, k, v = qkv(1, 2, 100, 8)
         pattern = either(*strided(10))
@@ -341,6 +356,8 @@ class TestBlockSparse:
             block_sparse_attention(q, k, v, local(2), block_layout(local(2), 10, block=4), block=2)
         with pytest.raises(ValueError, match="block must be at least 1"):
             block_layout(local(2), 10, block=0)
+        with pytest.raises(ValueError, match="block must be at least 1"):
+            block_sparse_attention(q, k, v, local(2), block_layout(local(2), 10, block=4), block=0)
         for order in (torch.zeros(10, dtype=torch.long), torch.arange(9), torch.arange(1, 11)):
             with pytest.raises(ValueError, match="order must be a permutation of the 10 positions"):
                 block_sparse_attention(q, k, v, local(2), order=order)
@@ -393,6 +410,23 @@ class TestOnline:
         zero, values = torch.zeros(4096, 1, dtype=torch.bfloat16), torch.zeros(4096, 1, dtype=torch.bfloat16)
         values[:256] = 1
         assert online_attention(zero[:1], zero, values, 1).item() == 256 / 4096
+
+    def test_a_gradient_costs_more_memory_than_the_dense_program(self):
+        """What the docstring warns of: autograd keeps the pieces of every step."""
+
+        def kept(function):
+            storages = {}
+
+            def pack(x):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                result = function(*(x.requires_grad_() for x in qkv(512, 8)))
+            return result, sum(storages.values())
+
+        (_, online), (_, dense) = kept(lambda *x: online_attention(*x, 32)), kept(attention)
+        assert online > dense >= 512**2 * 8
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="block must be at least 1, got 0"):
@@ -481,6 +515,22 @@ class TestLowRank:
         one_by_one = [[nystrom_attention(q[a, b], k[a, b], v[a, b], 6) for b in range(3)] for a in range(2)]
         assert (nystrom_attention(q, k, v, 6) - torch.stack([torch.stack(x) for x in one_by_one])).abs().max() < 1e-12
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("iterations", [6, None])
+    def test_half_precision(self, dtype, iterations):
+        """Queries and keys so near to each other that the pseudo-inverse has entries in the thousands."""
+        q, k, v = (x.to(dtype) for x in (normal(32, 8, scale=0.05), normal(32, 8, seed=1, scale=0.05), normal(32, 8)))
+        wanted = nystrom_attention(q.double(), k.double(), v.double(), 8, 6)
+        ours = nystrom_attention(q, k, v, 8, iterations)
+        assert ours.dtype == dtype and ours.isfinite().all()
+        if iterations:
+            assert (ours.double() - wanted).abs().max() < 0.02
+
+    def test_the_pseudo_inverse_of_zero_is_zero(self):
+        one = torch.eye(3, dtype=torch.float64)
+        result = iterative_pinv(torch.stack([one, 0 * one]), 20)
+        assert (result - torch.stack([one, 0 * one])).abs().max() < 1e-12
+
     @pytest.mark.parametrize("m", [3, 10])
     def test_iteration(self, m):
         a = normal(m, m, seed=m).softmax(-1)
@@ -522,6 +572,12 @@ class TestCosformer:
         result = cosformer_attention(q, k, v)
         assert (result[2] == 0).all() and result.isfinite().all()
         assert (cosformer_attention(q.relu(), k.relu(), v) - result).abs().max() < 1e-15
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_sums_beyond_the_range_of_float16(self, dtype):
+        q, k, v = (x.to(dtype) for x in (*qkv(8192, 64)[:2], normal(8192, 2, seed=2) + 1))
+        exact = cosformer_attention(q.double(), k.double(), v.double())
+        assert (cosformer_attention(q, k, v).double() - exact).abs().max() < 0.02
 
     def test_is_linear_in_n(self):
         counts = [flops(lambda n=n: cosformer_attention(*qkv(n, 4))) for n in (100, 200)]
