@@ -24,6 +24,32 @@ def load_nile() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return table[:, 0].astype(np.int64), table[:, 1]
 
 
+def load_sunspots() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Yearly mean number of sunspots, 1700 to 2008.
+
+    Returns
+    -------
+    years : ndarray of int, shape (309,)
+    sunspots : ndarray of float, shape (309,)
+    """
+    table = np.loadtxt(_HERE / "sunspots.csv", delimiter=",", skiprows=1)
+    return table[:, 0].astype(np.int64), table[:, 1]
+
+
+def load_co2() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Monthly mean of carbon dioxide in the air at Mauna Loa, Hawaii, March 1958 to December 2001.
+
+    Returns
+    -------
+    years : ndarray of float, shape (526,)
+        The middle of each month, as a fraction of a year.
+    ppm : ndarray of float, shape (526,)
+        NaN in the five months without a measurement.
+    """
+    table = np.genfromtxt(_HERE / "co2.csv", delimiter=",", skip_header=1)
+    return table[:, 0] + (table[:, 1] - 0.5) / 12, table[:, 2]
+
+
 def load_flights() -> dict[str, NDArray]:
     """Read all 336,776 flights that left New York's airports in 2013, one array for each column.
 
