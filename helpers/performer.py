@@ -27,8 +27,12 @@ Kind = Literal["positive", "trig", "hyperbolic", "orthogonal", "orthogonal bound
 class Features(Protocol):
     """What `favor_attention` takes as `features`: the three functions below, or one of your own."""
 
-    def __call__(self, x: Tensor, projection: Tensor, *, shift: float | None = 0.0) -> Tensor:
-        """Map (..., n, d) to (..., n, features), times exp(shift); for None times any positive factor of each token."""
+    def __call__(self, x: Tensor, projection: Tensor, *, shift: float | Tensor | None = 0.0) -> Tensor:
+        """Map (..., n, d) to (..., n, features), times exp(shift); for None times any positive factor of each token.
+
+        A tensor of shape (..., n, 1) is a shift for each token. It belongs into the exponent: exp(shift) by itself may
+        overflow where the product does not.
+        """
         ...
 
 
@@ -72,7 +76,7 @@ def orthogonal_features(
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     if norms not in ("chi", "sqrt_d"):
         raise ValueError(f'norms must be "chi" or "sqrt_d", not {norms!r}')
-    blocks = torch.randn(-(-m // d), d, d, generator=generator, dtype=torch.float64)
+    blocks = torch.randn(-(-m // d), d, d, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(blocks)
     if haar:
         # QR is unique only up to signs. LAPACK's choice depends on the matrix; a positive diagonal of R does not.
@@ -80,14 +84,14 @@ def orthogonal_features(
     rows = q.mT.reshape(-1, d)[:m]
     if norms == "sqrt_d":
         return (rows * d**0.5).to(dtype)
-    lengths = torch.randn(m, d, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    lengths = torch.randn(m, d, generator=generator, dtype=torch.float64, device="cpu").norm(dim=-1, keepdim=True)
     return (rows * lengths).to(dtype)
 
 
 # --- Features
 
 
-def positive_features(x: Tensor, projection: Tensor, *, shift: float | None = 0.0) -> Tensor:
+def positive_features(x: Tensor, projection: Tensor, *, shift: float | Tensor | None = 0.0) -> Tensor:
     """exp(W x - ‖x‖²/2) / √m: all positive, and phi(q)·phi(k) is exp(q·k) on average.
 
     Eq. (2) of 09_performer; Choromanski 2020, lemma 1.
@@ -99,9 +103,9 @@ def positive_features(x: Tensor, projection: Tensor, *, shift: float | None = 0.
     projection
         W, shape (m, d).
     shift
-        Added to the logarithm of the features. None divides each token's features by the largest of them, so that
-        nothing overflows: right for the queries of normalised attention, where a factor of a query cancels, and wrong
-        for keys, where it does not.
+        Added to the logarithm of the features; a tensor of shape (..., n, 1) for one shift a token. None divides each
+        token's features by the largest of them, so that nothing overflows: right for the queries of normalised
+        attention, where a factor of a query cancels, and wrong for keys, where it does not.
 
     Returns
     -------
@@ -110,12 +114,12 @@ def positive_features(x: Tensor, projection: Tensor, *, shift: float | None = 0.
     x, projection, given = _prepare(x, projection)
     along = x @ projection.mT
     if shift is None:
-        # Detached: the factor cancels, and with it its gradient.
-        return (along - along.amax(-1, keepdim=True).detach()).exp().to(given)
+        # Not detached: where something is added to the sum of the weights, the factor and its gradient do not cancel.
+        return (along - along.amax(-1, keepdim=True)).exp().to(given)
     return ((along - _half_square(x) + shift).exp() * projection.shape[0] ** -0.5).to(given)
 
 
-def hyperbolic_features(x: Tensor, projection: Tensor, *, shift: float | None = 0.0) -> Tensor:
+def hyperbolic_features(x: Tensor, projection: Tensor, *, shift: float | Tensor | None = 0.0) -> Tensor:
     """[exp(W x), exp(-W x)] exp(-‖x‖²/2) / √(2m): each direction is used forwards and backwards.
 
     Eq. (4) of 09_performer; Choromanski 2020, lemma 1. Parameters as for `positive_features`.
@@ -127,7 +131,7 @@ def hyperbolic_features(x: Tensor, projection: Tensor, *, shift: float | None = 
     return positive_features(x, torch.cat([projection, -projection]), shift=shift)
 
 
-def trig_features(x: Tensor, projection: Tensor, *, shift: float | None = 0.0) -> Tensor:
+def trig_features(x: Tensor, projection: Tensor, *, shift: float | Tensor | None = 0.0) -> Tensor:
     """[cos W x, sin W x] exp(‖x‖²/2) / √m: also exp(q·k) on average, but a weight can come out negative.
 
     Eq. (3) of 09_performer; Rahimi 2007. Parameters as for `positive_features`; a shift of None leaves out exp(‖x‖²/2).
@@ -163,36 +167,46 @@ def relative_variance(q: Tensor, k: Tensor, m: int, kind: Kind = "positive") -> 
     Returns
     -------
     Tensor, shape (...)
+        Of the type of q and k, computed in float64; inf where it overflows.
     """
     if not isinstance(m, int) or m < 1:
         raise ValueError(f"m must be a whole number of at least 1, not {m!r}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} features and k has {k.shape[-1]}: make them equal")
-    d = q.shape[-1]
+    d, given = q.shape[-1], torch.promote_types(q.dtype, k.dtype)
+    q, k = q.double(), k.double()
     s, delta = (q + k).square().sum(-1), (q - k).square().sum(-1)
     if kind == "positive":
-        return s.expm1() / m
-    if kind == "hyperbolic":
-        return 2 * (s / 2).sinh().square() / m  # cosh s - 1, without cancellation
-    if kind == "trig":
-        return 2 * (delta / 2).sinh().square() / m
-    if kind == "orthogonal":
+        value = s.expm1() / m
+    elif kind == "hyperbolic":
+        value = 2 * (s / 2).sinh().square() / m  # cosh s - 1, without cancellation
+    elif kind == "trig":
+        value = 2 * (delta / 2).sinh().square() / m
+    elif kind == "orthogonal":
         left = m % d
         pairs = (m - left) * (d - 1) + left * (left - 1)  # ordered pairs of directions that share a block
-        return s.expm1() / m - pairs / m**2 * (1 - _orthogonal_pair(s, d))
-    if kind == "orthogonal bound":
+        value = s.expm1() / m - pairs / m**2 * (1 - _orthogonal_pair(s, d))
+    elif kind == "orthogonal bound":
         if m > d:
             raise ValueError(f"the bound is for m <= d, got m = {m} and d = {d}")
-        return s.expm1() / m - 2 * (m - 1) / (m * (d + 2)) * (-s / 2).expm1().square()
-    raise ValueError(f'kind must be "positive", "trig", "hyperbolic", "orthogonal" or "orthogonal bound", not {kind!r}')
+        value = s.expm1() / m - 2 * (m - 1) / (m * (d + 2)) * (-s / 2).expm1().square()
+    else:
+        raise ValueError(
+            f'kind must be "positive", "trig", "hyperbolic", "orthogonal" or "orthogonal bound", not {kind!r}'
+        )
+    return value.to(given)
 
 
 def _orthogonal_pair(s: Tensor, d: int) -> Tensor:
-    """E[exp((ω + ω')·z)] / exp(‖z‖²) of two orthogonal directions: exp(-s) times Kummer's 1F1(d; d/2; s/2)."""
+    """E[exp((ω + ω')·z)] / exp(‖z‖²) of two orthogonal directions: exp(-s) times Kummer's 1F1(d; d/2; s/2).
+
+    It lies between 0 and 1. From s = 50 on, exp(s) - 1 dwarfs it in float64, and its value at 50 is as good.
+    """
+    s = s.clamp(max=50)
     term = (-s).exp()
     total, i = term.clone(), 0
     # All terms are positive. They grow up to i ≈ s and then fall faster than any power.
-    while (term > 1e-17 * total).any() or i < s.max():
+    while (term > 1e-17 * total).any() or i < 50:
         term = term * (s / 2) / (i + 1) * (d + i) / (d / 2 + i)
         total, i = total + term, i + 1
     return total
@@ -235,17 +249,20 @@ def favor_attention(
     scale
         Factor of the scores; None for 1/√d.
     shift
-        Added to the logarithm of all features of all keys. It cancels, and keeps float32 from underflow where every
-        key is long (scale · ‖k‖² above 170 or so). It must be known before the sequence: taken from the sequence, it
-        would tell earlier outputs of later keys.
+        Added to the logarithm of all features of all keys. It cancels, and keeps float32 from underflow, and so from
+        0/0, where every key so far is long (scale · ‖k‖² above 170 or so; at the first token one such key is enough).
+        Positive and hyperbolic features overflow where it exceeds about 88 - ‖w‖²/2, w the longest direction.
+        `trig_features` *grow* with the length of a key: they overflow at such lengths, and need a negative shift. It
+        must be known before the sequence: taken from the sequence, it would tell earlier outputs of later keys.
     center
-        Two vectors, such as the means of q and of k over other data, that broadcast against q and k. They are
-        subtracted, and what that does to the softmax is undone: eq. (17) of 09_performer. The estimated function is
-        the same, its variance grows with exp(‖q + k‖²) of the vectors that are left.
+        Two vectors, such as the means of q and of k over other data, each the same for all tokens: they broadcast
+        against q and k, with a last axis but one of 1 where they have one. They are subtracted, and what that does to
+        the softmax is undone: eq. (17) of 09_performer. The estimated function is the same, its variance grows with
+        exp(‖q + k‖²) of the vectors that are left.
     chunk_size, initial_state
         As for `linear_attention`. A state goes with one projection, scale, shift and center.
     eps
-        Added to the sum of the weights, each query's largest feature being 1 (for `trig_features`: 1/√m).
+        Added to the sum of the weights, each query's largest feature being 1 (for `trig_features`: at most 1/√m).
 
     Returns
     -------
@@ -265,12 +282,12 @@ def favor_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5  # one half of the scale to q, the other to k
+    given = q.dtype
 
-    given = v.dtype
     if center is not None:
         q, k, v, log_weight = _centered(q, k, v, center, root**2)
         # The weight of a key travels as one more coordinate, so that its features are made chunk by chunk, too.
-        q, k = F.pad(q, (0, 1)), torch.cat([k, log_weight], -1)
+        q, k = F.pad(q, (0, 1)), torch.cat([k.expand(*log_weight.shape[:-1], -1), log_weight], -1)
 
     def of_q(x: Tensor) -> Tensor:
         x = x if center is None else x[..., :-1]
@@ -279,7 +296,8 @@ def favor_attention(
     def of_k(x: Tensor) -> Tensor:
         if center is None:
             return features(x * root, projection, shift=shift)
-        return features(x[..., :-1] * root, projection, shift=shift) * x[..., -1:].exp()
+        # One exponential: of a long key, the weight alone overflows and the features alone underflow.
+        return features(x[..., :-1] * root, projection, shift=x[..., -1:] + shift)
 
     out, state = linear_attention(
         q,
@@ -297,7 +315,14 @@ def favor_attention(
 def _centered(
     q: Tensor, k: Tensor, v: Tensor, center: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q - a, k - c, v in float32 at least, and scale · a·k, the logarithm of the factor that k then lacks."""
+    """Return q - a, k - c, v in float32 at least, and the logarithm of the factor that k then lacks.
+
+    That is scale · a·k, here less scale · a·c, which is one constant for all keys. So the exponents stay bounded:
+    with k - c in place of k, eq. (14) of 09_performer holds for w + a.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one type, got {q.dtype} and, for {name}, {getattr(x, 'dtype', x)}")
     work = torch.promote_types(v.dtype, torch.float32)
     a, c = (x.to(work) for x in center)
     for name, x, middle in (("q", q, a), ("k", k, c)):
@@ -307,10 +332,17 @@ def _centered(
             fits = False
         if not fits:
             raise ValueError(f"the center of {name}, {tuple(middle.shape)}, must broadcast against {tuple(x.shape)}")
-    if a.ndim > 1 and a.shape[-2] != 1:
-        raise ValueError(f"the center of q must be one vector for all tokens, got shape {tuple(a.shape)}")
-    k = k.to(work)
-    return q.to(work) - a, k - c, v.to(work), scale * (k * a).sum(-1, keepdim=True)
+        if middle.ndim > 1 and middle.shape[-2] != 1:
+            # One for each token would be wrong: what it leaves out of the scores is no longer the query's alone.
+            raise ValueError(f"the center of {name} must be one vector for all tokens, got shape {tuple(middle.shape)}")
+    k = k.to(work) - c
+    try:
+        log_weight = scale * (k * a).sum(-1, keepdim=True)
+    except RuntimeError:
+        raise ValueError(
+            f"the center of q, {tuple(a.shape)}, and k, {tuple(k.shape)}, must broadcast against each other"
+        ) from None
+    return q.to(work) - a, k, v.to(work), log_weight
 
 
 def _half_square(x: Tensor) -> Tensor:

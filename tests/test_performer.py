@@ -125,6 +125,11 @@ class TestDirections:
         assert torch.equal(a, orthogonal_features(9, 4, generator=seeded(3), dtype=DOUBLE).float())
         assert not torch.equal(a, orthogonal_features(9, 4, generator=seeded(4)))
 
+    def test_the_draw_is_made_on_the_cpu_whatever_the_default(self):
+        with torch.device("meta"):
+            w = orthogonal_features(9, 4, generator=seeded(3))
+        assert torch.equal(w, orthogonal_features(9, 4, generator=seeded(3)))
+
     @pytest.mark.parametrize("m, d", [(0, 4), (4, 0), (-1, 4), (2.0, 4), (4, "4")])
     def test_bad_sizes(self, m, d):
         with pytest.raises(ValueError, match="whole number of at least 1"):
@@ -161,6 +166,11 @@ class TestFeatures:
         ratio = features(x, w, shift=None) / features(x, w)
         assert torch.allclose(ratio, ratio[:, :1], rtol=1e-10)
         assert (ratio > 0).all()
+
+    @every_kind
+    def test_a_shift_for_each_token(self, features):
+        x, w, shift = normal(6, 4), normal(5, 4, seed=1), normal(6, 1, seed=2)
+        assert torch.allclose(features(x, w, shift=shift), features(x, w) * shift.exp(), rtol=1e-12)
 
     def test_without_a_common_factor_the_largest_positive_feature_is_one(self):
         x = 100 * normal(6, 4, dtype=torch.float32)
@@ -286,6 +296,48 @@ class TestVariance:
             assert float(value[1, 2]) == pytest.approx(float(relative_variance(q[1, 0], k[0, 2], 5, kind)), rel=1e-12)
         assert relative_variance(q, -q, 5, "orthogonal").abs().max() == 0
 
+    KINDS = ("positive", "trig", "hyperbolic", "orthogonal", "orthogonal bound")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_no_pairs(self, kind):
+        assert relative_variance(torch.zeros(0, 4), torch.zeros(0, 4), 3, kind).shape == (0,)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_types_are_rounded_once(self, dtype, kind):
+        for length in (1e-3, 0.3, 1.0):
+            q, k = (torch.full((16,), length / 4 * factor).to(dtype) for factor in (1, 0.25))
+            value, exact = relative_variance(q, k, 16, kind), relative_variance(q.double(), k.double(), 16, kind)
+            assert value.dtype == dtype
+            # Rounded once: at most half a unit in the last place, or half the smallest number there is.
+            info = torch.finfo(dtype)
+            assert abs(value.double() - exact) <= info.eps / 2 * exact + info.smallest_normal * info.eps / 2
+
+    def test_the_orthogonal_gain_stays_exact_where_it_is_small(self):
+        """1 - e^-s 1F1 is s²/(2(d + 2)) to second order, against e^s - 1: the rest must not be lost to rounding."""
+        x = torch.zeros(16, dtype=torch.float32)
+        for length in (3e-5, 1e-4, 1e-3):
+            x[0] = length
+            assert float(relative_variance(x, 0 * x, 16, "orthogonal")) == pytest.approx(length**2 / 16, rel=1e-5)
+
+    @pytest.mark.parametrize("length", [26.0, 27.0, 1e3, 1e150])
+    def test_absurd_lengths_end_at_once(self, length):
+        q = torch.zeros(2, 16, dtype=DOUBLE)
+        q[:, 0] = torch.tensor([length, 7.0], dtype=DOUBLE)
+        value = relative_variance(q, 0 * q, 16, "orthogonal")
+        positive = relative_variance(q, 0 * q, 16)
+        assert torch.equal(value.isinf(), torch.tensor([length > 26.6, False]))
+        assert value[1] == pytest.approx(float(positive[1]), rel=1e-12)
+        assert length > 26.6 or value[0] == pytest.approx(float(positive[0]), rel=1e-12)
+
+    @pytest.mark.parametrize("s", [22.0, 30.0, 45.0, 49.0, 51.0, 60.0])
+    def test_kummer_where_the_series_is_cut(self, s):
+        q = torch.zeros(16, dtype=DOUBLE)
+        q[0] = math.sqrt(s)
+        kummer = math.exp(-s) * float(scipy.special.hyp1f1(16, 8, s / 2))
+        expected = math.expm1(s) / 16 - 15 / 16 * (1 - kummer)
+        assert float(relative_variance(q, 0 * q, 16, "orthogonal")) == pytest.approx(expected, rel=1e-12)
+
     def test_bad_input(self):
         x = torch.ones(4)
         with pytest.raises(ValueError, match="whole number"):
@@ -365,6 +417,27 @@ class TestAttention:
         assert favor_attention(q, long, v, w)[0].isnan().any()
         assert favor_attention(q, long, v, w, shift=150.0)[0].isfinite().all()
 
+    def test_one_long_key_at_the_start_is_enough_to_underflow(self):
+        """The first output sees no other key. A shift that is too large overflows at the others instead."""
+        q, k, v = (normal(30, 8, seed=i, dtype=torch.float32) for i in range(3))
+        w = orthogonal_features(32, 8, generator=seeded(4))
+        k[0] *= 28 / k[0].norm()
+        assert favor_attention(q, k, v, w)[0].isnan().any(-1).nonzero().flatten().tolist() == [0]
+        for shift in (50.0, 70.0):
+            out = favor_attention(q, k, v, w, shift=shift)[0]
+            assert out.isfinite().all() and torch.allclose(out[0], v[0], rtol=1e-5)
+        assert not favor_attention(q, k, v, w, shift=100.0)[0].isfinite().all()
+
+    def test_trig_features_need_a_negative_shift_for_long_keys(self):
+        q, k, v = (normal(30, 8, seed=i, dtype=torch.float32) for i in range(3))
+        w = orthogonal_features(32, 8, generator=seeded(4))
+        long = k / k.norm(dim=-1, keepdim=True) * 23  # ‖k‖²/√8 = 187, and half of it is above 88
+        assert not favor_attention(q, long, v, w, features=trig_features)[0].isfinite().all()
+        out, exact = (favor_attention(*(x.to(t) for x in (q, long, v, w)), features=trig_features, shift=-50.0)[0]
+                      for t in (torch.float32, DOUBLE))  # fmt: skip
+        assert out.isfinite().all()
+        assert ((out - exact).abs().amax(-1) < 1e-3 * (1 + exact.abs().amax(-1) ** 2)).double().mean() > 0.9
+
     def test_eps_is_added_to_the_sum_of_the_weights(self):
         q, k, v = (normal(9, 4, seed=i) for i in range(3))
         w = normal(6, 4, seed=3)
@@ -391,6 +464,37 @@ class TestAttention:
         ours, _ = favor_attention(q, k, v, w, scale=scale, center=(a, c), causal=causal, chunk_size=4)
         assert torch.allclose(ours, estimated / estimated.sum(-1, keepdim=True) @ v, atol=1e-9)
 
+    @pytest.mark.parametrize("factor", [1.0, 30.0, 100.0, 1e4])
+    @pytest.mark.parametrize("features", [positive_features, hyperbolic_features])
+    def test_a_long_key_along_the_center_does_no_harm(self, features, factor):
+        """Its weight exp(a·k) overflows and its features underflow; their product does not."""
+        q, k, v = (normal(30, 8, seed=i) for i in range(3))
+        a = torch.ones(8, dtype=DOUBLE)
+        k[20] = factor * a / 8**0.5
+        w = orthogonal_features(32, 8, generator=seeded(4), dtype=DOUBLE)
+        exact, _ = favor_attention(q, k, v, w, features=features, center=(a, 0.5 * a))
+        ours, _ = favor_attention(*(x.float() for x in (q, k, v, w)), features=features, center=(a, 0.5 * a))
+        assert exact.isfinite().all()
+        assert torch.allclose(ours.double(), exact, atol=1e-4)
+
+    def test_centered_estimates_tend_to_softmax_for_any_centers(self):
+        q, k, v = 0.5 * normal(20, 4, seed=1), 0.5 * normal(20, 4, seed=2), normal(20, 4, seed=3)
+        w = orthogonal_features(60_000, 4, generator=seeded(5), dtype=DOUBLE)
+        out, _ = favor_attention(q, k, v, w, center=(0.5 * normal(4, seed=8), 0.5 * normal(4, seed=9)))
+        assert (out - softmax_attention(q, k, v)).abs().max() < 0.03
+
+    @pytest.mark.parametrize("shape_a, shape_c", [((2, 1, 1, 4), (4,)), ((2, 3, 1, 4), (3, 1, 4)), ((4,), (1, 4))])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_centers_with_leading_axes_of_their_own(self, shape_a, shape_c, causal):
+        q, k, v, w = normal(2, 3, 6, 4, seed=1), normal(3, 6, 4, seed=2), normal(2, 1, 6, 4, seed=3), normal(8, 4)
+        a, c = normal(*shape_a, seed=4), normal(*shape_c, seed=5)
+        ours, _ = favor_attention(q, k, v, w, center=(a, c), causal=causal)
+        for i in np.ndindex(2, 3):
+            one = [x.expand(2, 3, *x.shape[-2:])[i] for x in (q, k, v)]
+            middle = [(x if x.ndim > 1 else x[None]).expand(2, 3, 1, 4)[i] for x in (a, c)]
+            expected, _ = favor_attention(*one, w, center=tuple(middle), causal=causal)
+            assert torch.allclose(ours[i], expected, atol=1e-12)
+
     @given(st.integers(1, 11), st.integers(1, 5), st.booleans())
     def test_a_sequence_may_come_in_pieces(self, cut, chunk, center):
         q, k, v = (normal(2, 12, 4, seed=i) for i in range(3))
@@ -403,16 +507,18 @@ class TestAttention:
         assert torch.allclose(last.s, end.s) and torch.allclose(last.z, end.z)
         assert end.s.shape == (2, 5, 4) and end.z.shape == (2, 5)
 
+    @pytest.mark.parametrize("eps", [0.0, 0.1])
     @pytest.mark.parametrize("center", [False, True])
     @pytest.mark.parametrize("causal", [False, True])
     @every_kind
-    def test_gradients(self, features, causal, center):
+    def test_gradients(self, features, causal, center, eps):
         q, k, v = (0.3 * normal(1, 5, 3, seed=i).requires_grad_() for i in range(3))
         middle = (0.1 * normal(3, seed=8), 0.1 * normal(3, seed=9)) if center else None
         w = normal(6, 3, seed=3)
 
         def attend(q, k, v):
-            return favor_attention(q, k, v, w, features=features, causal=causal, center=middle, chunk_size=2)[0]
+            options = {"features": features, "causal": causal, "center": middle, "eps": eps}
+            return favor_attention(q, k, v, w, chunk_size=2, **options)[0]
 
         assert torch.autograd.gradcheck(attend, tuple(x.detach().requires_grad_() for x in (q, k, v)))
 
@@ -427,11 +533,19 @@ class TestAttention:
         assert out.dtype == dtype and state.s.dtype == torch.float32
         assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps
 
-    def test_the_weights_have_at_most_the_rank_of_the_features(self):
-        q, k = normal(12, 6), normal(12, 6, seed=1)
-        out, _ = favor_attention(q, k, torch.eye(12, dtype=DOUBLE), normal(5, 6, seed=2), causal=False)
-        assert torch.linalg.matrix_rank(out) == 5
-        assert torch.linalg.matrix_rank(softmax_attention(q, k, torch.eye(12, dtype=DOUBLE), causal=False)) == 12
+    @every_kind
+    def test_the_weights_have_at_most_the_rank_of_the_features(self, features):
+        q, k, one = normal(24, 6), normal(24, 6, seed=1), torch.eye(24, dtype=DOUBLE)
+        w = normal(5, 6, seed=2)
+        numbers = features(q, w).shape[-1]
+        out, _ = favor_attention(q, k, one, w, features=features, causal=False)
+        assert torch.linalg.matrix_rank(out) == numbers
+        assert torch.linalg.matrix_rank(softmax_attention(q, k, one, causal=False)) == 24
+        # The mask breaks it: a triangle with a diagonal of positive numbers has full rank. Blocks below it keep it.
+        causal, _ = favor_attention(q, k, one, w, features=features)
+        assert torch.linalg.matrix_rank(causal[12:, :12]) <= numbers < 12
+        if features is not trig_features:
+            assert (causal.diagonal() > 0).all()
 
     def test_trig_weights_can_be_negative_and_positive_ones_cannot(self):
         q, k = 3 * normal(40, 8), 3 * normal(40, 8, seed=1)
@@ -455,7 +569,15 @@ class TestAttention:
             favor_attention(q, q.double(), q, w)
         with pytest.raises(ValueError, match="broadcast"):
             favor_attention(q, q, q, w, center=(torch.ones(3), torch.ones(4)))
-        with pytest.raises(ValueError, match="one vector for all tokens"):
-            favor_attention(q, q, q, w, center=(torch.ones(5, 4), torch.ones(4)))
+        for center in ((torch.ones(5, 4), torch.ones(4)), (torch.ones(4), torch.ones(5, 4))):
+            with pytest.raises(ValueError, match="one vector for all tokens"):
+                favor_attention(q, q, q, w, center=center)
+        with pytest.raises(TypeError, match="one type"):
+            favor_attention(q, q.double(), q, w, center=(torch.ones(4), torch.ones(4)))
+        with pytest.raises(TypeError, match="one type"):
+            favor_attention(q, q, None, w, center=(torch.ones(4), torch.ones(4)))
+        with pytest.raises(ValueError, match="against each other"):
+            two, three = torch.ones(2, 5, 4), torch.ones(3, 5, 4)
+            favor_attention(two, three, three, w, center=(torch.ones(2, 1, 4), torch.ones(4)))
         with pytest.raises(ValueError, match="state"):
             favor_attention(q, q, q, w, initial_state=favor_attention(q, q, q, torch.ones(7, 4))[1])
