@@ -7,13 +7,14 @@ mixed chunk attention that A acts inside chunks only; across chunks acts linear 
 s × e numbers. The equations are those of 11_flash. Sources: W. Hua and others, "Transformer quality in linear time"
 (arXiv 2202.10447); J. Su, kexue.fm 8934 (the 1/n and 1/s), 8990 (initialisation), 9019 (softmax in its place).
 
-Tensors have shape (..., n, features). Here d is the width of the model, e of U and V, s of Q and K. Half precision is
-computed in float32, states included, and rounded once, at the output.
+Tensors have shape (..., n, features). Here d is the width of the model, e of U and V, s of Q and K. The two attention
+functions compute half precision in float32, states included, and round once, at the output.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.byte_model import ByteModel, load_bytes, softmax_cached
 from helpers.linear_attention import State, linear_attention
@@ -52,14 +54,16 @@ def squared_relu_weights(q: Tensor, k: Tensor, *, causal: bool = True) -> Tensor
     n, m = q.shape[-2], k.shape[-2]
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} features and k has {k.shape[-1]}: make them equal")
-    if not causal:
-        return F.relu(q @ k.mT * q.shape[-1] ** -0.5).square() / m
-    if n > m:
+    if causal and n > m:
         raise ValueError(f"causal attention needs a key for each query, got {n} queries and {m} keys")
+    # Squares leave the range of float16 above 256, and bfloat16 cannot count further than 256.
+    work = torch.promote_types(q.dtype, torch.float32)
+    weights = F.relu(q.to(work) @ k.to(work).mT * q.shape[-1] ** -0.5).square()
+    if not causal:
+        return (weights / m).to(q.dtype)
     # Zeros after the relu: nothing is normalised by the row's own sum, so the future cannot leak through it.
-    weights = F.relu(q @ k.mT * q.shape[-1] ** -0.5).square().tril(m - n)
-    seen = torch.arange(m - n + 1, m + 1, device=q.device, dtype=weights.dtype)
-    return weights / seen[:, None]
+    seen = torch.arange(m - n + 1, m + 1, device=q.device, dtype=work)
+    return (weights.tril(m - n) / seen[:, None]).to(q.dtype)
 
 
 class ChunkState(NamedTuple):
@@ -71,12 +75,15 @@ class ChunkState(NamedTuple):
         Of linear attention, with all chunks before the last one; None if there are none.
     before : int
         Number of tokens in them.
+    c : int
+        Size of a chunk.
     k, k_lin, v : Tensor, shapes (..., 1 to c, s), (..., 1 to c, s) and (..., 1 to c, e)
         The tokens of the last chunk, which need not be complete.
     """
 
     far: State | None
     before: int
+    c: int
     k: Tensor
     k_lin: Tensor
     v: Tensor
@@ -153,7 +160,7 @@ def _towards_the_past(
         far, before = start.far, start.before
         k, k_lin, v = (
             torch.cat([old.expand(*new.shape[:-2], *old.shape[-2:]), new], -2)
-            for old, new in zip(start[2:], (k, k_lin, v), strict=True)
+            for old, new in zip((start.k, start.k_lin, start.v), (k, k_lin, v), strict=True)
         )
     old = k.shape[-2] - n  # keys whose queries were answered by an earlier call
     out, last = [], (torch.zeros_like(k_lin[..., :1, :]), torch.zeros_like(v[..., :1, :]))
@@ -170,7 +177,9 @@ def _towards_the_past(
                 answer = answer + sums / (before + first)
             out.append(answer)
         last = k_lin[..., here, :], v[..., here, :]
-    return torch.cat(out, -2), ChunkState(far, before + first, k[..., first:, :], *last)
+    # Copies: a view would keep all n tokens in memory, and change with what the caller does to them.
+    tail = (x.clone() for x in (k[..., first:, :], *last))
+    return torch.cat(out, -2), ChunkState(far, before + first, c, *tail)
 
 
 def _to_both_sides(q: Tensor, k: Tensor, q_lin: Tensor, k_lin: Tensor, v: Tensor, c: int) -> Tensor:
@@ -195,8 +204,8 @@ class Weights(NamedTuple):
     ----------
     u, v : Tensor, shape (d, e)
         To the gate and to the values.
-    z : Tensor, shape (d, s)
-        To what queries and keys share.
+    z : Tensor, shape (d, s), or (d, 2s) or (d, 4s)
+        To what queries and keys share; or side by side, a matrix for each of them.
     gamma, beta : Tensor, shape (2, s), or (4, s) for mixed chunks
         Scale and offset that make q and k of it; then q_lin and k_lin.
     o : Tensor, shape (e, d)
@@ -253,26 +262,34 @@ def gated_attention_unit(
         raise ValueError("mixed chunks go with kernel='relu2' only")
     if state is not None and not causal:
         raise ValueError("a state goes with causal=True only")
-    maps = 2 if chunk_size is None else 4
-    if weights.gamma.shape != weights.beta.shape or weights.gamma.shape != (maps, weights.z.shape[-1]):
+    maps, features = 2 if chunk_size is None else 4, weights.z.shape[-1]
+    allowed = [(maps, features)] + [(maps, features // maps)] * (features % maps == 0)
+    if weights.gamma.shape != weights.beta.shape or tuple(weights.gamma.shape) not in allowed:
         raise ValueError(
-            f"gamma and beta must have shape ({maps}, {weights.z.shape[-1]}), "
+            f"gamma and beta must have shape {' or '.join(map(str, allowed))}, "
             f"got {tuple(weights.gamma.shape)} and {tuple(weights.beta.shape)}"
         )
-    u, v, z = (F.silu(x @ w) for w in weights[:3])
-    projections = [z * gamma + beta for gamma, beta in zip(weights.gamma, weights.beta, strict=True)]
-    if rotary:
-        projections = [rotate(x, _tokens_seen(state)) for x in projections]
+    u, v = (F.silu(x @ w) for w in weights[:2])
+    projections = _queries_and_keys(x, weights, _tokens_seen(state) if rotary else None)
     if chunk_size is not None:
         mixed, state = mixed_chunk_attention(*projections, v, chunk_size=chunk_size, causal=causal, initial_state=state)
         return (u * mixed) @ weights.o, state
     q, k = projections
     if state is not None:
         k, v = torch.cat([state[0], k], -2), torch.cat([state[1], v], -2)
-    work = torch.promote_types(v.dtype, torch.float32)
+    work = torch.promote_types(v.dtype, torch.float32)  # so that A is not rounded before it meets V
     weigh = squared_relu_weights if kernel == "relu2" else _softmax_weights
     mixed = (weigh(q.to(work), k.to(work), causal=causal) @ v.to(work)).to(v.dtype)
     return (u * mixed) @ weights.o, (k, v) if causal else None
+
+
+def _queries_and_keys(x: Tensor, weights: Weights, start: int | None) -> list[Tensor]:
+    """Scale and offset silu(X W_z), and turn it if the place of the first token is given: q, k (, q_lin, k_lin)."""
+    maps, s = weights.gamma.shape
+    z = F.silu(x @ weights.z)
+    sources = [z] * maps if z.shape[-1] == s else z.split(s, -1)
+    made = [z * gamma + beta for z, gamma, beta in zip(sources, weights.gamma, weights.beta, strict=True)]
+    return made if start is None else [rotate(part, start) for part in made]
 
 
 def rotate(x: Tensor, start: int = 0) -> Tensor:
@@ -319,6 +336,8 @@ class GatedAttentionUnit(nn.Module):
     ----------
     width, expanded, shared
         d, e and s. Two layers with e = 2d have about the parameters of attention and feed-forward together.
+    separate
+        Give queries and keys a matrix each, in place of one Z for both: not a GAU, but a control.
     chunk_size, kernel, rotary
         As for `gated_attention_unit`.
     """
@@ -332,13 +351,14 @@ class GatedAttentionUnit(nn.Module):
         chunk_size: int | None = None,
         kernel: Kernel = "relu2",
         rotary: bool = False,
+        separate: bool = False,
     ) -> None:
         super().__init__()
         self.chunk_size, self.kernel, self.rotary = chunk_size, kernel, rotary
         maps = 2 if chunk_size is None else 4
         # Variance 1/(number of inputs): a normalised x gives U, V and Z of standard normal numbers, eq. (6).
         self.u, self.v = (nn.Parameter(torch.randn(width, expanded) / math.sqrt(width)) for _ in range(2))
-        self.z = nn.Parameter(torch.randn(width, shared) / math.sqrt(width))
+        self.z = nn.Parameter(torch.randn(width, maps * shared if separate else shared) / math.sqrt(width))
         self.gamma, self.beta = nn.Parameter(torch.ones(maps, shared)), nn.Parameter(torch.zeros(maps, shared))
         self.o = nn.Parameter(torch.randn(expanded, width) / math.sqrt(expanded))
         self.norm = nn.LayerNorm(width)
@@ -366,11 +386,11 @@ class GatedAttentionUnit(nn.Module):
 WIDTH, EXPANDED, SHARED = 64, 118, 32  # four units have as many parameters as 08's two layers, within 0.5 %
 
 
-def flash_model(seed: int = 0, **setting: Any) -> ByteModel:
+def flash_model(seed: int = 0, *, expanded: int = EXPANDED, **setting: Any) -> ByteModel:
     """Build a `ByteModel` of four units with `setting`, to be compared with ``byte_model.transformer``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ByteModel([GatedAttentionUnit(WIDTH, EXPANDED, SHARED, **setting) for _ in range(4)], WIDTH)
+        return ByteModel([GatedAttentionUnit(WIDTH, expanded, SHARED, **setting) for _ in range(4)], WIDTH)
 
 
 def rotary_softmax(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -402,10 +422,7 @@ class RowMeter:
         starts = np.linspace(0, len(text) - length - 1, pieces).astype(int)
 
         def look(unit: GatedAttentionUnit, given: tuple[Tensor]) -> None:
-            z = F.silu(unit.norm(given[0]) @ unit.z)
-            q, k = (z * gamma + beta for gamma, beta in zip(unit.gamma, unit.beta, strict=True))
-            if unit.rotary:
-                q, k = rotate(q), rotate(k)
+            q, k = _queries_and_keys(unit.norm(given[0]), unit.weights, 0 if unit.rotary else None)
             weights.append(squared_relu_weights(q, k))
 
         hooks = [unit.register_forward_pre_hook(look) for unit in units]
@@ -458,6 +475,51 @@ def gau_cost(n: int, d: int, e: int, s: int, *, chunk_size: int | None = None, l
     return Cost(layers * weights, layers * n * weights, layers * (pairs * (s + e) + far), layers * pairs)
 
 
+class Watch(TorchDispatchMode):
+    """Sees every operation of torch inside ``with``, also on the device "meta", where tensors have no data.
+
+    Parameters
+    ----------
+    n
+        Number of tokens.
+
+    Attributes
+    ----------
+    scores : int
+        Numbers in all n × n results of matrix products.
+    peak : int
+        Most bytes of tensors made inside that were alive at one time; scratch space of an operation is not seen.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.scores, self.peak = n, 0, 0
+        self._live, self._known = 0, set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run the operation and note its results."""
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                product = operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+                if product and tensor.shape[-2:] == (self.n, self.n):
+                    self.scores += tensor.numel()
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:  # a view has the storage of its source
+            self._known.add(key)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
 # --- What is asked of the arguments
 
 
@@ -482,8 +544,8 @@ def _require_state(state: ChunkState, k: Tensor, v: Tensor, c: int) -> None:
             f"the state has {state.k.shape[-1]} features of keys and {state.v.shape[-1]} of values, "
             f"but k has {k.shape[-1]} and v has {v.shape[-1]}"
         )
-    if state.k.shape[-2] > c or state.before % c:
-        raise ValueError(f"the state comes from chunks of another size than {c}")
+    if state.c != c:
+        raise ValueError(f"the state comes from chunks of {state.c}, not of {c}")
 
 
 def _require_positive(**sizes: int) -> None:

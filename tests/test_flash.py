@@ -18,6 +18,7 @@ from helpers.flash import (
     ChunkState,
     GatedAttentionUnit,
     RowMeter,
+    Watch,
     Weights,
     flash_model,
     gated_attention_unit,
@@ -84,6 +85,20 @@ class TestWeights:
                 row_sums = squared_relu_weights(q, q, causal=causal).sum(-1)
                 assert (row_sums - 4.0).abs().max() < 1e-12  # (4/√4)²
 
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_rounded_once(self, dtype, causal):
+        q, k = normal(300, 4, dtype=dtype), normal(300, 4, seed=1, dtype=dtype)
+        ours = squared_relu_weights(q, k, causal=causal)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, squared_relu_weights(q.float(), k.float(), causal=causal).to(dtype))
+
+    def test_large_scores_in_half_precision(self):
+        """The score is 288; its square, 82,944, is beyond float16, its quarter is not."""
+        q = torch.full((4, 64), 6.0, dtype=torch.float16)
+        for causal in (True, False):
+            assert squared_relu_weights(q, q, causal=causal)[3].tolist() == [20736.0] * 4
+
     def test_leading_axes(self):
         q, k = normal(2, 1, 5, 3), normal(3, 5, 3, seed=1)
         ours = squared_relu_weights(q, k)
@@ -149,6 +164,16 @@ class TestMixedChunks:
         assert most == 8 and state.far.s.shape == (3, 4)
         assert state.before == 48 and state.v.shape == (2, 4)
 
+    def test_the_state_is_a_copy(self):
+        """A view would hold all tokens, and change with the caller's tensors."""
+        given_, more = inputs(100), inputs(3, seed=1)
+        _, state = mixed_chunk_attention(*given_, chunk_size=8)
+        expected, _ = mixed_chunk_attention(*more, chunk_size=8, initial_state=state)
+        for x in given_:
+            x.zero_()
+        assert torch.equal(mixed_chunk_attention(*more, chunk_size=8, initial_state=state)[0], expected)
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in (state.k, state.k_lin, state.v))
+
     @pytest.mark.parametrize("causal", [True, False])
     def test_leading_axes_broadcast(self, causal):
         q, k, q_lin, k_lin, v = inputs(7)
@@ -190,8 +215,11 @@ class TestMixedChunks:
     def test_states_that_do_not_fit_are_named(self):
         token = inputs(9)
         _, state = mixed_chunk_attention(*token, chunk_size=4)
-        with pytest.raises(ValueError, match="chunks of another size than 3"):
+        with pytest.raises(ValueError, match="the state comes from chunks of 4, not of 3"):
             mixed_chunk_attention(*token, chunk_size=3, initial_state=state)
+        _, state = mixed_chunk_attention(*inputs(5), chunk_size=4)  # its sizes would fit chunks of 2
+        with pytest.raises(ValueError, match="the state comes from chunks of 4, not of 2"):
+            mixed_chunk_attention(*token, chunk_size=2, initial_state=state)
         with pytest.raises(ValueError, match="causal=True only"):
             mixed_chunk_attention(*token, chunk_size=4, causal=False, initial_state=state)
         with pytest.raises(ValueError, match="3 features of keys and 4 of values, but k has 2 and v has 4"):
@@ -219,6 +247,20 @@ class TestUnit:
             out, _ = gated_attention_unit(x, w, kernel="softmax", causal=causal)
             assert (out - unit_by_hand(x, w, a)).abs().max() < 1e-12
 
+    @pytest.mark.parametrize("rotary", [False, True])
+    @pytest.mark.parametrize("kernel", ["relu2", "softmax"])
+    def test_separate_queries_and_keys(self, rotary, kernel):
+        x, w = normal(9, 5), some_weights(s=4)
+        w = w._replace(z=normal(5, 8, seed=7))
+        z = nn.functional.silu(x @ w.z)
+        q, k = (z[:, 4 * i : 4 * i + 4] * w.gamma[i] + w.beta[i] for i in (0, 1))
+        if rotary:
+            q, k = rotate(q), rotate(k)
+        eye = torch.eye(9, dtype=torch.float64)
+        a = squared_relu_weights(q, k) if kernel == "relu2" else softmax_attention(q, k, eye)
+        out, _ = gated_attention_unit(x, w, rotary=rotary, kernel=kernel)
+        assert (out - unit_by_hand(x, w, a)).abs().max() < 1e-12
+
     @given(n=st.integers(1, 9), c=st.integers(1, 9))
     def test_mixed_chunks_use_the_four_maps_in_order(self, n, c):
         x, w = normal(n, 5), some_weights(maps=4)
@@ -236,7 +278,15 @@ class TestUnit:
 
     @pytest.mark.parametrize(
         "setting",
-        [{}, {"chunk_size": 4}, {"kernel": "softmax"}, {"rotary": True}, {"rotary": True, "chunk_size": 4}],
+        [
+            {},
+            {"chunk_size": 4},
+            {"kernel": "softmax"},
+            {"rotary": True},
+            {"rotary": True, "chunk_size": 4},
+            {"separate": True},
+            {"separate": True, "chunk_size": 4},
+        ],
         ids=str,
     )
     def test_a_layer_in_pieces_is_the_same(self, setting):
@@ -253,8 +303,15 @@ class TestUnit:
         assert torch.equal(layer(changed)[0][:, :7], whole[:, :7])
 
     def test_half_precision(self):
-        layer = GatedAttentionUnit(16, 32, 8).to(torch.bfloat16)
-        assert layer(normal(1, 9, 16, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+        """Only the matrix products and the result are rounded to half precision, not A and what counts its keys."""
+        torch.manual_seed(0)
+        x = normal(400, 16, dtype=torch.bfloat16)
+        for setting in ({}, {"kernel": "softmax"}, {"chunk_size": 300}):
+            w = GatedAttentionUnit(16, 32, 8, **setting).to(torch.bfloat16).weights
+            ours, _ = gated_attention_unit(x, w, **setting)
+            exact, _ = gated_attention_unit(x.double(), Weights(*(part.double() for part in w)), **setting)
+            assert ours.dtype == torch.bfloat16
+            assert (ours.double() - exact).abs().max() < 0.015 * exact.abs().max(), setting
 
     @pytest.mark.parametrize(
         "setting, problem",
@@ -268,6 +325,21 @@ class TestUnit:
     def test_what_cannot_be_is_named(self, setting, problem):
         with pytest.raises(ValueError, match=problem):
             gated_attention_unit(normal(4, 5), some_weights(), **setting)
+
+    def test_weights_beyond_half_precision(self):
+        """A is not rounded to float16 before it meets V: here it holds millions, and V thousandths."""
+        torch.manual_seed(0)
+        w = Weights(*(part.detach() for part in GatedAttentionUnit(16, 32, 8).double().weights))
+        w = w._replace(v=w.v / 1000, gamma=20 * w.gamma, o=w.o / 100)
+        x = normal(20, 16)
+        exact = gated_attention_unit(x, w)[0]
+        half = gated_attention_unit(x.half(), Weights(*(part.half() for part in w)))[0]
+        assert (half.double() - exact).abs().max() < 0.01 * exact.abs().max()
+
+    def test_scales_and_offsets_must_match(self):
+        w = some_weights()
+        with pytest.raises(ValueError, match=r"got \(2, 3\) and \(1, 3\)"):
+            gated_attention_unit(normal(4, 5), w._replace(beta=w.beta[:1]))
 
 
 class TestRotary:
@@ -315,7 +387,7 @@ class TestModel:
     def test_as_many_parameters_as_the_transformer_of_08(self):
         block = AttentionBlock(64, 4, None)
         wanted = 2 * sum(p.numel() for p in block.parameters())
-        for setting in ({}, {"chunk_size": 32}, {"kernel": "softmax"}):
+        for setting in ({}, {"chunk_size": 32}, {"kernel": "softmax"}, {"separate": True, "expanded": 107}):
             units = sum(p.numel() for p in flash_model(**setting).blocks.parameters())
             assert abs(units / wanted - 1) < 0.005
 
@@ -423,4 +495,41 @@ class TestCost:
 
 def test_the_state_of_chunks_is_a_named_tuple():
     _, state = mixed_chunk_attention(*inputs(5), chunk_size=2)
-    assert isinstance(state, ChunkState) and state._fields == ("far", "before", "k", "k_lin", "v")
+    assert isinstance(state, ChunkState) and state._fields == ("far", "before", "c", "k", "k_lin", "v")
+    assert (state.before, state.c) == (4, 2)
+
+
+class TestWatch:
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_the_peak_is_what_lives_at_one_time(self, device):
+        x = torch.zeros(100, device=device)  # 400 bytes, made outside: not seen
+        with Watch(7) as watch:
+            y = x + 1
+            z = y + 1
+            del y
+            view = z[:50] * 1  # 200 bytes; z[:50] is a view of z
+            w = (z + 1) + 1
+        assert watch.peak == 400 + 200 + 400 + 400 and watch.scores == 0
+        assert len(view) == 50 and len(w) == 100
+
+    def test_scores_are_square_results_of_products(self):
+        x = torch.zeros(3, 7, 2, device="meta")
+        with Watch(7) as watch:
+            a = x @ x.mT
+            _ = (a * 2) @ x
+            _ = x[0] @ x[1].mT
+        assert watch.scores == 4 * 49
+
+    def test_a_layer_that_keeps_its_scores(self):
+        """Two tensors of n × n for the backward pass: the relu, which its square needs, and A, which A V needs."""
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage()._cdata] = x
+            return x
+
+        with torch.device("meta"):
+            unit, x = GatedAttentionUnit(4, 8, 2), torch.empty(1, 50, 4)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            unit(x)[0].sum()
+        assert sum(x.shape[-2:] == (50, 50) for x in kept.values()) == 2
