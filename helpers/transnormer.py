@@ -48,8 +48,16 @@ def weights_jacobian(p: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Divide by the root mean square of the last axis, x / √(mean(x²) + eps), without a gain. Eq. (8)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    """Divide by the root mean square of the last axis, x / √(mean(x²) + eps), without a gain. Eq. (8).
+
+    Half precision is computed in float32 and rounded once, at the end.
+    """
+    (wide,) = _wide(x)
+    # Squares overflow long before their root does. Rows with an entry above 1 are divided by the largest one first;
+    # the result does not depend on this factor, so no gradient has to flow through it.
+    size = wide.detach().abs().amax(-1, keepdim=True).clamp(min=1.0)
+    wide = wide / size
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps / size.square())).to(x.dtype)
 
 
 def rms_norm_jacobian(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -78,7 +86,7 @@ def norm_gradient_bound(upstream: float, values: float, eps: float, *, paper_wid
     paper_width
         d, for the paper's bound in place of the smaller one.
     """
-    if eps <= 0:
+    if not eps > 0:
         raise ValueError(f"there is no bound for eps = {eps}: it must be positive")
     return upstream * values / eps**0.5 * (1.0 if paper_width is None else 1.5 * paper_width)
 
@@ -123,7 +131,7 @@ def norm_attention(
     """
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    # Half precision overflows in the sum over all tokens, so widen before it and round once, after the norm.
+    # Half precision overflows in the sum over all tokens: widen before it, and round once, after the norm.
     out, state = linear_attention(
         *_wide(q, k, v),
         feature_map=feature_map,
@@ -162,7 +170,7 @@ def diag_attention(
 ) -> tuple[Tensor, OpenBlock]:
     """Softmax attention within blocks of `block` tokens that do not overlap; the last may be shorter.
 
-    Eq. (15) of 10_transnormer; Qin 2022, section 4.2. Time and memory in proportion to n · block · d.
+    Eq. (15) of 10_transnormer; Qin 2022, section 4.2. Time in proportion to n · block · d, memory to n (block + d).
 
     Parameters
     ----------
@@ -189,9 +197,10 @@ def diag_attention(
         Shapes, types or settings that do not fit together.
     """
     _require_blocks(q, k, v, block)
-    if state is not None:
-        _require_open_block(state, k, v, block, causal)
+    block = int(block)
     leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    if state is not None:
+        _require_open_block(state, k, v, leading, block, causal)
     q, k, v = (x.expand(*leading, *x.shape[-2:]) for x in (q, k, v))
     out, n, done = [], q.shape[-2], 0
     if state is not None and state.k.shape[-2]:
@@ -290,13 +299,15 @@ def attention_maps(model: ByteModel, tokens: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (layers, batch, heads, n, n)
-        Rows sum to 1.
+        Rows sum to 1; a row without any weight, as the relu can make one, is NaN.
     """
     inputs: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in model.blocks]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
     maps = []
     for layer, x in zip(model.blocks, inputs, strict=True):
         q, k, v = layer.project(x)
@@ -350,14 +361,27 @@ class TrainingMeter:
         return {"gradients": np.array(self.norms).T, "mass": torch.stack(mass, -1).numpy()}
 
 
-def relative_spread(x: ArrayLike) -> NDArray[np.float64]:
+def relative_spread(x: ArrayLike, window: int | None = None) -> NDArray[np.float64]:
     """Divide the standard deviation by the mean, along the last axis. Eq. (17) of 10_transnormer; Qin 2022, table 2.
 
     NaN where a value is not finite: a training that diverged has no spread.
+
+    Parameters
+    ----------
+    x
+        Shape (..., steps).
+    window
+        Steps of a window. Then the spread is that inside the window, its mean over all places of the window: a slow
+        trend does not count.
     """
     x = np.asarray(x, float)
     x = np.where(np.isfinite(x).all(-1, keepdims=True), x, np.nan)
-    return x.std(-1) / x.mean(-1)
+    if window is None:
+        return x.std(-1) / x.mean(-1)
+    if not 1 <= window <= x.shape[-1]:
+        raise ValueError(f"window must lie between 1 and the {x.shape[-1]} steps, got {window}")
+    pieces = np.lib.stride_tricks.sliding_window_view(x, window, axis=-1)
+    return (pieces.std(-1) / pieces.mean(-1)).mean(-1)
 
 
 # --- What is asked of the arguments
@@ -384,11 +408,11 @@ def _require_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> None:
             "q, k and v must have as many tokens, q and k as many features, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 1:
         raise ValueError(f"block must be a whole number of at least 1, not {block!r}")
 
 
-def _require_open_block(state: OpenBlock, k: Tensor, v: Tensor, block: int, causal: bool) -> None:
+def _require_open_block(state: OpenBlock, k: Tensor, v: Tensor, leading: torch.Size, block: int, causal: bool) -> None:
     if not isinstance(state, OpenBlock):
         raise TypeError(f"a state must be an OpenBlock(k, v), not {type(state).__name__}")
     if not causal:
@@ -399,3 +423,9 @@ def _require_open_block(state: OpenBlock, k: Tensor, v: Tensor, block: int, caus
             f"the state must have k of shape (..., m, {k.shape[-1]}) and v of shape (..., m, {v.shape[-1]}), "
             f"m < {block}, got {tuple(state.k.shape)} and {tuple(state.v.shape)}"
         )
+    if not state.k.dtype == state.v.dtype == k.dtype:
+        raise TypeError(f"the state must be of the type {k.dtype}, got {state.k.dtype} and {state.v.dtype}")
+    for name, x in (("k", state.k), ("v", state.v)):
+        own = x.shape[:-2]
+        if len(own) > len(leading) or any(a not in (1, b) for a, b in zip(own[::-1], leading[::-1], strict=False)):
+            raise ValueError(f"the state's {name} has leading axes {tuple(own)}, which do not fit {tuple(leading)}")

@@ -77,11 +77,34 @@ def test_the_slope_of_the_softmax_is_at_most_a_quarter(n, size, seed):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 6), st.integers(1, 5), st.floats(-12, 3), st.integers(0, 99))
-def test_in_q_the_slope_with_elu_plus_one_is_at_most_a_quarter(n, d, shift, seed):
-    q, k = normal(d, seed=seed) + shift, normal(n, d, seed=seed + 100) + shift
-    weights = lambda q: attention_weights(q[None], k, causal=False)[0]  # noqa: E731
-    assert torch.autograd.functional.jacobian(weights, q).abs().max() <= 0.25 + 1e-12
+@given(st.integers(1, 6), st.integers(1, 5), st.floats(-12, 3), st.floats(-12, 3), st.integers(0, 99))
+def test_in_q_and_in_k_the_slope_with_elu_plus_one_is_at_most_a_quarter(n, d, shift_q, shift_k, seed):
+    q, k = normal(d, seed=seed) + shift_q, normal(n, d, seed=seed + 100) + shift_k
+    weights = lambda q, k: attention_weights(q[None], k, causal=False)[0]  # noqa: E731
+    in_q, in_k = torch.autograd.functional.jacobian(weights, (q, k))
+    p = weights(q, k)
+    assert (in_q.abs() <= (p * (1 - p))[:, None] + 1e-12).all() and in_q.abs().max() <= 0.25 + 1e-12
+    assert (in_k.abs() <= (p * (1 - p))[:, None] + 1e-12).all()  # the key's own share bounds it as well
+    assert in_k.abs().max() <= 0.25 + 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 5), st.floats(-8, 3), st.integers(0, 99))
+def test_no_weight_exceeds_what_the_keys_allow(n, d, shift, seed):
+    q, k = 3 * normal(20, d, seed=seed), normal(n, d, seed=seed + 100) + shift
+    features = elu_plus_one(k)
+    allowed = (features / features.sum(0)).amax(-1)
+    assert (attention_weights(q, k, causal=False) <= allowed + 1e-12).all()
+
+
+def test_small_keys_leave_the_slope_in_q_as_it_is_and_raise_that_in_k_without_bound():
+    q, k = torch.tensor([0.3, 0.8]).double(), torch.tensor([[0.5, 0.1], [0.2, 0.9], [0.7, 0.6]]).double()
+    weights = lambda q, k: attention_weights(q[None], k, feature_map=torch.relu, causal=False)[0]  # noqa: E731
+    in_q, in_k = torch.autograd.functional.jacobian(weights, (q, k))
+    for size in (1e-3, 1e-6):
+        small_q, small_k = torch.autograd.functional.jacobian(weights, (q, size * k))
+        close(small_q, in_q)
+        close(size * small_k, in_k)
 
 
 def test_in_q_the_slope_with_relu_has_no_bound():
@@ -106,6 +129,29 @@ def test_rms_norm_is_torchs_and_its_jacobian_autograds(eps):
     close(largest, 1 / (x.square().mean(-1) + eps).sqrt())
 
 
+def test_rms_norm_does_not_overflow():
+    half = rms_norm(torch.tensor([[300.0, 400.0]], dtype=torch.float16))
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half, torch.tensor([[300.0, 400.0]]).div(125_000**0.5).half())
+    rows = normal(300, 8, seed=10).half()
+    assert (rms_norm(rows) == rms_norm(rows.double()).half()).double().mean() > 0.99  # rounded once
+    for x in (torch.tensor([1e20, 2e20]), torch.tensor([3e38, 0.0]), torch.tensor([-1e30, 1e-30])):
+        close(rms_norm(x), F.rms_norm(x.double(), (2,), eps=1e-6).float(), 1e-6)
+    q = torch.full((5, 4), 1e7)
+    close(norm_attention(q, q, q)[0], torch.ones(5, 4), 1e-6)
+    assert (rms_norm(torch.zeros(2, 3)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e5])
+def test_the_gradient_of_rms_norm_is_that_of_torch(size):
+    x = (size * normal(3, 5, seed=8)).requires_grad_()
+    upstream = normal(3, 5, seed=9)
+    ours, theirs = (
+        torch.autograd.grad((f(x) * upstream).sum(), x)[0] for f in (rms_norm, lambda x: F.rms_norm(x, (5,), eps=1e-6))
+    )
+    close(size * ours, size * theirs, 1e-11)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 6), st.integers(2, 8), st.floats(-8, 1), st.integers(0, 99))
 def test_no_score_of_norm_attention_exceeds_the_bound(n, d, exponent, seed):
@@ -125,8 +171,9 @@ def test_the_bound_is_attained_and_the_papers_is_larger_by_three_halves_d():
     assert s.grad.item() == pytest.approx(norm_gradient_bound(length, length, 1e-4), rel=1e-12)
     paper = norm_gradient_bound(length, length, 1e-4, paper_width=6)
     assert paper == pytest.approx(3 * length**2 * 6 / (2 * 1e-2), rel=1e-12)
-    with pytest.raises(ValueError, match="no bound for eps = 0"):
-        norm_gradient_bound(1, 1, 0)
+    for eps in (0, math.nan):
+        with pytest.raises(ValueError, match=f"no bound for eps = {eps}"):
+            norm_gradient_bound(1, 1, eps)
 
 
 # --- NormAttention
@@ -286,6 +333,24 @@ def test_diag_attention_refuses_what_does_not_fit():
             diag_attention(q, q, q, state, block=5)
 
 
+def test_a_state_of_another_type_or_of_another_batch_is_refused():
+    q = normal(2, 5, 3)
+    with pytest.raises(TypeError, match=r"the state must be of the type torch\.float64"):
+        diag_attention(q, q, q, OpenBlock(q[:, :2].float(), q[:, :2].float()), block=5)
+    for axes in ((7,), (1, 2)):
+        old = normal(*axes, 2, 3)
+        with pytest.raises(ValueError, match="leading axes"):
+            diag_attention(q, q, q, OpenBlock(old, old), block=5)
+    shared = OpenBlock(q[:1, :2], q[:1, :2])  # one past for the whole batch
+    apart = OpenBlock(*(x.expand(2, 2, 3) for x in shared))
+    close(diag_attention(q, q, q, shared, block=5)[0], diag_attention(q, q, q, apart, block=5)[0])
+
+
+def test_the_block_may_be_numpys():
+    q = normal(7, 3)
+    close(diag_attention(q, q, q, block=np.int64(3))[0], diag_attention(q, q, q, block=3)[0])
+
+
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 9))
 def test_the_cost_counts_the_pairs_of_a_block(n, block, d):
     assert diag_multiplications(n, block, d) == 2 * d * int(blocks_mask(n, block, False).sum())
@@ -351,6 +416,15 @@ def test_the_maps_are_the_weights_of_each_layer():
         assert not model.blocks[0]._forward_pre_hooks
 
 
+def test_the_maps_leave_no_hook_behind_and_show_an_empty_row():
+    model = transformer(linear_stateful, width=16, heads=2)
+    with pytest.raises(IndexError):
+        attention_maps(model, torch.full((1, 4), 300))
+    assert not any(layer._forward_pre_hooks for layer in model.blocks)
+    dead = lambda q, k, v, state=None: linear_attention(q - 100, k, v, feature_map=torch.relu, eps=1e-6)  # noqa: E731
+    assert attention_maps(transformer(dead, width=16, heads=2), torch.arange(4)[None]).isnan().all()
+
+
 def test_the_gradient_norms_are_those_of_q_and_k():
     model = transformer(linear_stateful, width=16, heads=2, dtype=torch.float64)
     with pytest.raises(ValueError, match="backward"):
@@ -378,6 +452,18 @@ def test_the_relative_spread():
     np.testing.assert_allclose(relative_spread(7 * rows), relative_spread(rows), rtol=1e-12)
     with np.errstate(invalid="raise"):
         assert np.isnan(relative_spread([[1.0, np.nan], [1.0, np.inf], [2.0, 2.0]])).tolist() == [True, True, False]
+
+
+def test_the_spread_inside_a_window_ignores_a_trend():
+    rows = np.random.default_rng(1).gamma(2.0, size=(2, 40))
+    expected = [np.mean([r[a : a + 7].std() / r[a : a + 7].mean() for a in range(34)]) for r in rows]
+    np.testing.assert_allclose(relative_spread(rows, 7), expected, rtol=1e-12)
+    np.testing.assert_allclose(relative_spread(rows, 40), relative_spread(rows), rtol=1e-12)
+    trend = np.exp(np.linspace(0, 5, 1000))
+    assert relative_spread(trend) > 1 > 20 * relative_spread(trend, 5)
+    for bad in (0, 41):
+        with pytest.raises(ValueError, match="window must lie between 1 and the 40"):
+            relative_spread(rows, bad)
 
 
 def test_the_meter_reads_every_step_and_the_trained_model():

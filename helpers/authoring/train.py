@@ -25,7 +25,14 @@ from helpers.byte_model import (
 )
 from helpers.flash import RowMeter, flash_model, rotary_softmax
 from helpers.linear_attention import linear_attention
-from helpers.transnormer import TrainingMeter, norm_stateful, two_stage, unscaled_stateful
+from helpers.transnormer import (
+    TrainingMeter,
+    diag_attention,
+    norm_attention,
+    norm_stateful,
+    two_stage,
+    unscaled_stateful,
+)
 
 STEPS, SEEDS = 1200, 5
 
@@ -33,6 +40,26 @@ STEPS, SEEDS = 1200, 5
 def relu_stateful(q: Tensor, k: Tensor, v: Tensor, state: tuple | None = None) -> tuple:
     """Linear attention with relu; the sum of the weights may be zero, hence the eps."""
     return linear_attention(q, k, v, feature_map=torch.relu, eps=1e-6, initial_state=state)
+
+
+def relu_norm_stateful(q: Tensor, k: Tensor, v: Tensor, state: tuple | None = None) -> tuple:
+    """NormAttention with relu: no denominator that could be small."""
+    return norm_attention(q, k, v, state, feature_map=torch.relu)
+
+
+def block_linear(q: Tensor, k: Tensor, v: Tensor, state: None = None, *, block: int = 32) -> tuple[Tensor, None]:
+    """Linear attention with elu + 1 inside blocks, as local as DiagAttention but with no softmax; full blocks only."""
+    out, _ = linear_attention(*(x.unflatten(-2, (-1, block)) for x in (q, k, v)))
+    return out.flatten(-3, -2), None
+
+
+class ClippingMeter(TrainingMeter):
+    """Read the gradients, then clip all of them together to length 1, so that no step is a spike."""
+
+    def __call__(self, step: int, model: ByteModel) -> None:
+        """Read the gradients of this step, then clip them."""
+        super().__call__(step, model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
 #: By topic and variant: what builds a model from a seed.
@@ -52,22 +79,44 @@ VARIANTS: dict[str, dict[str, Callable[..., ByteModel]]] = {
         "diag+linear": partial(transformer, two_stage(late=linear_stateful)),
         "relu": partial(transformer, relu_stateful),
     },
+    "10_transnormer_controls": {
+        "relu, norm": partial(transformer, relu_norm_stateful),
+        "block linear, linear": partial(transformer, [block_linear, linear_stateful]),
+        "linear, diag": partial(transformer, [linear_stateful, partial(diag_attention, block=32)]),
+        "linear, softmax": partial(transformer, [linear_stateful, softmax_cached]),
+    },
+    "10_transnormer_clipped": {
+        "relu": partial(transformer, relu_stateful),
+        "linear": partial(transformer, linear_stateful),
+    },
     "11_flash": {
         "GAU": flash_model,
         "FLASH": partial(flash_model, chunk_size=32),
         "GAU, softmax": partial(flash_model, kernel="softmax"),
     },
+    "11_flash_controls": {
+        "separate": partial(flash_model, separate=True),
+        "separate, softmax": partial(flash_model, separate=True, kernel="softmax"),
+        # As many parameters as the others: 64 · 32 more in W_q and W_k, and three matrices narrower by 32/3 columns.
+        "separate, softmax, narrow": partial(flash_model, separate=True, kernel="softmax", expanded=107),
+        "one head": partial(transformer, softmax_cached, heads=1),
+    },
     "11_flash_rotary": {
         "GAU": partial(flash_model, rotary=True),
         "FLASH": partial(flash_model, rotary=True, chunk_size=32),
         "MHA + FFN": partial(transformer, rotary_softmax),
+        "GAU, softmax": partial(flash_model, rotary=True, kernel="softmax"),
+        "one head": partial(transformer, rotary_softmax, heads=1),
     },
 }
 
 #: By topic: what is measured besides the losses. A fresh one each run, given to `train`; `result` makes named arrays.
 METERS: dict[str, Callable[[], TrainingMeter | RowMeter]] = {
     "10_transnormer": TrainingMeter,
+    "10_transnormer_controls": TrainingMeter,
+    "10_transnormer_clipped": ClippingMeter,
     "11_flash": RowMeter,
+    "11_flash_controls": RowMeter,
     "11_flash_rotary": RowMeter,
 }
 
