@@ -22,6 +22,10 @@ EXPECTED_NOTEBOOKS = [
     "06_average_precision",
     "07_efficient_attention",
     "08_linear_attention",
+    "09_performer",
+    "10_transnormer",
+    "11_flash",
+    "12_hippo",
 ]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
