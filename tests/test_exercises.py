@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from collection import NOTEBOOKS, exercise_setup, exercises, read
 
 CASES = [(path, number) for path in NOTEBOOKS for number in range(len(exercises(read(path))))]
 
 every_exercise = pytest.mark.parametrize("path, number", CASES, ids=[f"{p.stem}-{n + 1}" for p, n in CASES])
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """A notebook's first cell may change torch's default type; the next test must not notice."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
 
 
 def run(path, number, answer=""):
