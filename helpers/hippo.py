@@ -61,11 +61,15 @@ def laguerre(n: int, age: ArrayLike) -> Float:
     age = np.asarray(age, float)
     if (age < 0).any():
         raise ValueError(f"age must not be negative: the functions live on [0, ∞), got {age.min()}")
-    # Starting from e^(-age/2), nothing overflows: with the polynomials alone it would, and infinity times 0 is NaN.
-    values = [np.exp(-age / 2)]
-    values.append((1 - age) * values[0])
+    # The polynomials overflow and e^(-age/2) underflows where their product does neither: the scale goes into `log`.
+    log, last, this = -age / 2, np.ones_like(age), 1 - age
+    values = [np.exp(log), this * np.exp(log)]
     for k in range(1, n - 1):
-        values.append(((2 * k + 1 - age) * values[k] - k * values[k - 1]) / (k + 1))
+        last, this = this, ((2 * k + 1 - age) * this - k * last) / (k + 1)
+        size = np.maximum(np.abs(last), np.abs(this))
+        scale = np.where(size > 1e100, size, 1.0)
+        last, this, log = last / scale, this / scale, log + np.log(scale)
+        values.append(this * np.exp(log))
     return np.stack(values[:n], axis=-1)
 
 
@@ -243,8 +247,8 @@ def legs_step(c: ArrayLike, u: ArrayLike, k: int, method: str = "exact") -> Arra
     """
     c = _floats(c)
     _require_method(method)
-    if k < 1:
-        raise ValueError(f"k must be at least 1: the equation divides by the time, got {k}")
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k must be at least 1, an integer: samples seen, and a divisor; got {k!r}")
     u = np.asarray(u, c.dtype)[..., None]
     if method == "exact":
         first = u * np.eye(1, c.shape[-1], dtype=c.dtype)[0]  # a constant past u: the state where nothing changes
@@ -272,7 +276,7 @@ def stretch(c: ArrayLike, ratio: float) -> Float:
     -------
     ndarray, shape (..., n)
     """
-    c = np.asarray(c, float)
+    c = _floats(c).astype(float)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     n = c.shape[-1]

@@ -55,7 +55,7 @@ def kernel_by_powers(a: ArrayLike, b: ArrayLike, c: ArrayLike, length: int) -> F
     -------
     ndarray, shape (length,)
     """
-    a, x, c = (np.asarray(v, float) for v in (a, b, c))
+    a, x, c = _system(a, b, c)
     _require_length(length)
     kernel = np.empty(length)
     for k in range(length):
@@ -80,7 +80,7 @@ def s4_kernel(c: ArrayLike, dt: float, length: int) -> Float:
     -------
     ndarray, shape (length,)
     """
-    c = np.asarray(c, float)
+    c = _real(c)
     if c.ndim != 1 or not len(c):
         raise ValueError(f"c must have shape (n,), got {c.shape}")
     _require_length(length)
@@ -116,7 +116,9 @@ def run_recurrence(a: ArrayLike, b: ArrayLike, c: ArrayLike, u: ArrayLike) -> Fl
     -------
     ndarray, shape (length,)
     """
-    a, b, c, u = (np.asarray(v, float) for v in (a, b, c, u))
+    (a, b, c), u = _system(a, b, c), _real(u)
+    if u.ndim != 1:
+        raise ValueError(f"u must have shape (length,), got {u.shape}")
     x, outputs = np.zeros(len(b)), np.empty(len(u))
     for k, value in enumerate(u):
         x = a @ x + b * value
@@ -135,9 +137,9 @@ def causal_convolution(kernel: ArrayLike, u: ArrayLike) -> Float:
     -------
     ndarray, shape (length,)
     """
-    kernel, u = np.asarray(kernel, float), np.asarray(u, float)
-    if kernel.ndim != 1 or kernel.shape != u.shape:
-        raise ValueError(f"kernel and u must have one shape (length,), got {kernel.shape} and {u.shape}")
+    kernel, u = _real(kernel), _real(u)
+    if kernel.ndim != 1 or kernel.shape != u.shape or not len(u):
+        raise ValueError(f"kernel and u must have one shape (length,), not empty, got {kernel.shape} and {u.shape}")
     size = 2 * len(u)  # room for the end of the kernel: without it the end wraps around into the beginning
     return np.fft.irfft(np.fft.rfft(kernel, size) * np.fft.rfft(u, size), size)[: len(u)]
 
@@ -207,14 +209,14 @@ def selective_ssm(
     -------
     ndarray, shape (length,)
     """
-    u, delta, a, b, c = (np.asarray(v, float) for v in (u, delta, a, b, c))
+    u, delta, a, b, c = (_real(v) for v in (u, delta, a, b, c))
     if u.ndim != 1 or delta.shape != u.shape or a.ndim != 1 or b.shape != (*u.shape, *a.shape) or c.shape != b.shape:
         raise ValueError(
             "u and delta must have shape (length,), a shape (n,), b and c shape (length, n), "
             f"got {u.shape}, {delta.shape}, {a.shape}, {b.shape} and {c.shape}"
         )
-    if not (a < 0).all() or not (delta >= 0).all():
-        raise ValueError("a must be negative and delta must not be: the state would grow without bound")
+    if not (a < 0).all() or not ((delta >= 0) & (delta < np.inf)).all():
+        raise ValueError("a must be negative, delta must not be, and delta is finite: the state would not stay bounded")
     product = delta[:, None] * a
     gain = np.expm1(product) / a if exact_input else delta[:, None]
     return (scan(np.exp(product), gain * b * u[:, None]) * c).sum(-1)
@@ -229,6 +231,20 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     a, b = (x.reshape(*x.shape, *(1,) * (dims - x.ndim)) for x in (a, b))
     shape, dtype = np.broadcast_shapes(a.shape, b.shape), np.result_type(a, b, np.float32)
     return np.broadcast_to(a, shape).astype(dtype), np.broadcast_to(b, shape).astype(dtype)
+
+
+def _real(x: ArrayLike) -> Float:
+    x = np.asarray(x)
+    if np.iscomplexobj(x):  # numpy would drop the imaginary part
+        raise TypeError(f"expected real numbers, got {x.dtype}")
+    return x.astype(float)
+
+
+def _system(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> tuple[Float, Float, Float]:
+    a, b, c = _real(a), _real(b), _real(c)
+    if b.ndim != 1 or a.shape != (len(b), len(b)) or c.shape != b.shape:
+        raise ValueError(f"a, b and c must have shapes (n, n), (n,) and (n,), got {a.shape}, {b.shape} and {c.shape}")
+    return a, b, c
 
 
 def _require_length(length: int) -> None:

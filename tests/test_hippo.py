@@ -59,6 +59,14 @@ class TestPolynomials:
     def test_far_in_the_past_laguerre_is_zero_and_not_nan(self):
         assert np.array_equal(laguerre(64, [1e4, 1e8]), np.zeros((2, 64)))
 
+    @pytest.mark.parametrize("n, age", [(400, 1495.0), (1000, 2000.0), (1000, 1e-9), (1000, 3900.0)])
+    def test_many_laguerre_functions_are_not_lost_where_the_exponential_underflows(self, n, age):
+        """e^(-1000) is zero in float64, and the polynomial beside it overflows."""
+        with mpmath.workdps(60):
+            theirs = float(mpmath.laguerre(n - 1, 0, age) * mpmath.exp(-mpmath.mpf(age) / 2))
+        assert abs(theirs) > 1e-3
+        assert laguerre(n, [3.0, age])[1, -1] == pytest.approx(theirs, rel=1e-9)
+
     def test_shapes(self):
         assert legendre(3, 0.5).shape == laguerre(3, 0.5).shape == (3,)
         assert legendre(3, np.zeros((2, 4))).shape == laguerre(3, np.zeros((2, 4))).shape == (2, 4, 3)
@@ -278,6 +286,13 @@ class TestLegsStep:
     def test_bad_input(self):
         with pytest.raises(ValueError, match="k must be at least 1"):
             legs_step(np.ones(3), 1.0, 0)
+        with pytest.raises(ValueError, match=r"an integer: .*got 2\.5"):
+            legs_step(np.ones(3), 1.0, 2.5)
+        for bad in (3.0, []):
+            with pytest.raises(ValueError, match="last axis that is not empty"):
+                stretch(bad, 0.5)
+        with pytest.raises(TypeError, match="real numbers"):
+            stretch([1j, 2], 0.5)
         with pytest.raises(ValueError, match="h must not be negative"):
             legs_solve(np.ones(3), -0.1)
         for ratio in (0, 1.5, np.nan):

@@ -75,6 +75,25 @@ class TestS4:
                 kernel_by_powers(np.eye(2), np.ones(2), np.ones(2), length)
         with pytest.raises(ValueError, match=r"got \(3,\) and \(4,\)"):
             causal_convolution(np.ones(3), np.ones(4))
+        with pytest.raises(ValueError, match="not empty"):
+            causal_convolution([], [])
+        with pytest.raises(ValueError, match=r"u must have shape \(length,\), got \(3, 2\)"):
+            run_recurrence(np.eye(2), np.ones(2), np.ones(2), np.ones((3, 2)))
+        for a, b, c in ((np.eye(3), np.ones(2), np.ones(2)), (np.eye(2), np.ones(2), np.ones(3)), (1.0, 1.0, 1.0)):
+            with pytest.raises(ValueError, match=r"shapes \(n, n\), \(n,\) and \(n,\)"):
+                run_recurrence(a, b, c, np.ones(4))
+            with pytest.raises(ValueError, match=r"shapes \(n, n\), \(n,\) and \(n,\)"):
+                kernel_by_powers(a, b, c, 4)
+
+    def test_an_imaginary_part_is_not_dropped(self):
+        with pytest.raises(TypeError, match="real numbers, got complex128"):
+            s4_kernel([1j, 1.0], 0.1, 8)
+        with pytest.raises(TypeError, match="real numbers"):
+            kernel_by_powers(np.eye(2), np.ones(2), np.ones(2) * 1j, 3)
+        with pytest.raises(TypeError, match="real numbers"):
+            run_recurrence(np.eye(2) * 1j, np.ones(2), np.ones(2), np.ones(3))
+        with pytest.raises(TypeError, match="real numbers"):
+            selective_ssm([1.0], [1.0], [-1 + 2j], [[1.0]], [[1.0]])
 
 
 class TestScan:
@@ -162,5 +181,10 @@ class TestSelective:
             selective_ssm(u, delta, -a, b, c)
         with pytest.raises(ValueError, match="delta must not be"):
             selective_ssm(u, -delta, a, b, c)
+        for bad in (np.inf, np.nan):
+            with pytest.raises(ValueError, match="delta is finite"):
+                selective_ssm(u, np.full_like(delta, bad), a, b, c)
         with pytest.raises(ValueError, match=r"b and c shape \(length, n\)"):
             selective_ssm(u, delta, a, b[:, :2], c)
+        with pytest.raises(ValueError, match=r"b and c shape \(length, n\)"):
+            selective_ssm(u, delta, a, b, c[:, :1])
