@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 ROOT = Path(__file__).parent
 
@@ -27,13 +28,14 @@ os.environ["IPYTHONDIR"] = str(_profile)
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
+pytest.register_assert_rewrite("reader")  # it holds the assertions of the browser tests
 sys.path.insert(0, str(ROOT / "tests"))
 import offline  # noqa: E402, F401  (importing it closes the network in this process)
 from beyond_nbval import pytest_runtest_call  # noqa: E402, F401  (a hook)
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the browser: it takes longest and runs in one process, while the other does all the rest."""
+    """Begin with the browser: it takes longest."""
     items.sort(key=lambda item: "browser" not in item.path.parts)
 
 

@@ -86,7 +86,7 @@ def test_every_import_of_the_project_is_a_declared_dependency():
     sources.append((ROOT / "conftest.py").read_text(encoding="utf-8"))
     sources += [cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.cell_type == "code"]
     imported = {m for s in sources for m in re.findall(r"^\s*(?:import|from) (\w+)", s, re.MULTILINE)}
-    ours = {"helpers", "beyond_nbval", "collection", "offline"}
+    ours = {"helpers", "beyond_nbval", "collection", "offline", "reader"}
     foreign = imported - set(sys.stdlib_module_names) - ours
     undeclared = {m for m in foreign if (provides | parts).get(m, m) not in PYPI | TEST}
     assert not undeclared
