@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from helpers.authoring import bench, build, export, look, new, train
+from helpers.authoring import bench, build, export, look, new
 from helpers.authoring.lab import BrowserMissing
 
 
@@ -41,7 +41,7 @@ def main() -> int:
     command.add_argument("--to", type=Path, default=Path("build/html"), help="folder for the pages")
 
     command = commands.add_parser("train", help="record the trainings of a topic; takes minutes")
-    command.add_argument("topic", choices=list(train.VARIANTS))
+    command.add_argument("topic", help="such as 08_linear_attention")
 
     command = commands.add_parser("new", help="start a topic: notebook, helper module and test")
     command.add_argument("name", help="such as 13_diffusion")
@@ -50,6 +50,13 @@ def main() -> int:
     for path in getattr(arguments, "notebooks", []):
         if not path.is_file():
             parser.error(f"there is no notebook {path}")
+    if arguments.command == "train":
+        from helpers.authoring import train  # here: it needs torch and all topics, which no other command does
+
+        if arguments.topic not in train.VARIANTS:
+            parser.error(f"there are no trainings of {arguments.topic!r}: choose from {', '.join(train.VARIANTS)}")
+        print(train.record(arguments.topic))
+        return 0
     try:
         return run(arguments)
     except (BrowserMissing, build.BuildError, new.NameTaken, RuntimeError) as error:
@@ -84,8 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
         case "export":
             for path in arguments.notebooks:
                 print(export.export(path, arguments.to, slides=arguments.slides))
-        case "train":
-            print(train.record(arguments.topic))
         case "new":
             for path in new.new(arguments.name):
                 print(path)

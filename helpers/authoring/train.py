@@ -65,10 +65,10 @@ class ClippingMeter(TrainingMeter):
 #: By topic and variant: what builds a model from a seed.
 VARIANTS: dict[str, dict[str, Callable[..., ByteModel]]] = {
     "08_linear_attention": {
-        "softmax": lambda seed: transformer(softmax_cached, seed=seed),
-        "linear": lambda seed: transformer(linear_stateful, seed=seed),
-        "decay": lambda seed: transformer(decay_stateful, seed=seed),
-        "delta rule": lambda seed: transformer(delta_stateful, seed=seed),
+        "softmax": partial(transformer, softmax_cached),
+        "linear": partial(transformer, linear_stateful),
+        "decay": partial(transformer, decay_stateful),
+        "delta rule": partial(transformer, delta_stateful),
     },
     "10_transnormer": {
         "softmax": partial(transformer, softmax_cached),

@@ -20,8 +20,7 @@ def load_nile() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     flow : ndarray of float, shape (100,)
         In 10⁸ m³ a year.
     """
-    table = np.loadtxt(_HERE / "nile.csv", delimiter=",", skiprows=1)
-    return table[:, 0].astype(np.int64), table[:, 1]
+    return _load_yearly("nile.csv")
 
 
 def load_sunspots() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -32,8 +31,7 @@ def load_sunspots() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     years : ndarray of int, shape (309,)
     sunspots : ndarray of float, shape (309,)
     """
-    table = np.loadtxt(_HERE / "sunspots.csv", delimiter=",", skiprows=1)
-    return table[:, 0].astype(np.int64), table[:, 1]
+    return _load_yearly("sunspots.csv")
 
 
 def load_co2() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -101,6 +99,11 @@ def load_moby_dick() -> NDArray[np.uint8]:
         82 different values; ``bytes(text).decode()`` gives the text back.
     """
     return np.frombuffer(gzip.decompress((_HERE / "moby_dick.txt.gz").read_bytes()), np.uint8).copy()
+
+
+def _load_yearly(name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    years, values = np.loadtxt(_HERE / name, delimiter=",", skiprows=1, unpack=True)
+    return years.astype(np.int64), values
 
 
 def _load_boxes(name: str) -> dict[str, NDArray]:
