@@ -24,7 +24,7 @@ METHODS = ("euler", "backward", "bilinear", "exact")
 
 
 def legendre(n: int, s: ArrayLike) -> Float:
-    """Evaluate g_0 … g_{n-1}, the Legendre polynomials that are orthonormal on [0, 1]. Eqs. (1) and (4).
+    """Evaluate g_0 … g_{n-1}, the Legendre polynomials that are orthonormal on [0, 1]. Eqs. (1) and (6).
 
     Parameters
     ----------
@@ -38,13 +38,13 @@ def legendre(n: int, s: ArrayLike) -> Float:
     ndarray, shape (*s.shape, n)
     """
     _require_count(n)
-    s = np.asarray(s, float)
+    s = _points(s, "s")
     values = np.polynomial.legendre.legvander(2 * s - 1, n - 1).reshape(*s.shape, n)  # of a number, numpy makes a row
     return values * np.sqrt(2 * np.arange(n) + 1)
 
 
 def laguerre(n: int, age: ArrayLike) -> Float:
-    """Evaluate l_0 … l_{n-1}, the Laguerre functions L_k(age) e^(-age/2), orthonormal on [0, ∞). Eq. (11).
+    """Evaluate l_0 … l_{n-1}, the Laguerre functions L_k(age) e^(-age/2), orthonormal on [0, ∞). Eq. (13).
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def laguerre(n: int, age: ArrayLike) -> Float:
     ndarray, shape (*age.shape, n)
     """
     _require_count(n)
-    age = np.asarray(age, float)
+    age = _points(age, "age")
     if (age < 0).any():
         raise ValueError(f"age must not be negative: the functions live on [0, ∞), got {age.min()}")
     # The polynomials overflow and e^(-age/2) underflows where their product does neither: the scale goes into `log`.
@@ -90,7 +90,7 @@ def project(u: ArrayLike, n: int) -> Float:
     _require_count(n)
     edges = np.polynomial.legendre.legvander(2 * np.arange(u.shape[-1] + 1) / u.shape[-1] - 1, n)
     degree = np.arange(n)
-    # The derivative of (P_{n+1} - P_{n-1}) / (2n + 1) is P_n, by (5), and that of P_1 is P_0; ds is dz/2.
+    # The derivative of (P_{n+1} - P_{n-1}) / (2n + 1) is P_n, by (7), and that of P_1 is P_0; ds is dz/2.
     before = np.concatenate([np.zeros((len(edges), 1)), edges[:, : n - 1]], axis=1)
     antiderivative = (edges[:, 1:] - before) / (2 * np.sqrt(2 * degree + 1))
     return u @ np.diff(antiderivative, axis=0)
@@ -108,7 +108,7 @@ def reconstruct(c: ArrayLike, s: ArrayLike) -> Float:
     -------
     ndarray, shape (..., m)
     """
-    c = np.asarray(c, float)
+    c = _finite(_floats(c), "c").astype(float)
     return c @ legendre(c.shape[-1], s).T
 
 
@@ -121,8 +121,8 @@ def transition(measure: str, n: int) -> tuple[Float, Float]:
     Parameters
     ----------
     measure
-        "legs": the whole past, equally weighted, t c' = A c + B u, eq. (8). "legt": a window of length θ that slides,
-        θ c' = A c + B u, eq. (10). "lagt": a past that fades, c' = A c + B u, eq. (11).
+        "legs": the whole past, equally weighted, t c' = A c + B u, eq. (12). "legt": a window of length θ that slides,
+        θ c' = A c + B u, eq. (10). "lagt": a past that fades, c' = A c + B u, eq. (13).
     n
         How many coefficients.
 
@@ -144,7 +144,7 @@ def transition(measure: str, n: int) -> tuple[Float, Float]:
 
 
 def discretise(a: ArrayLike, b: ArrayLike, dt: float, method: str = "exact") -> tuple[Float, Float]:
-    """Turn x' = A x + B u into x_{k+1} = Ā x_k + B̄ u_k, where u is constant for a time `dt`. Eqs. (12), (13).
+    """Turn x' = A x + B u into x_{k+1} = Ā x_k + B̄ u_k, where u is constant for a time `dt`. Eqs. (14), (15).
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ def discretise(a: ArrayLike, b: ArrayLike, dt: float, method: str = "exact") -> 
 
 
 def legs_product(c: ArrayLike) -> Array:
-    """Multiply by A of LegS in O(n): a running sum in place of a matrix. Eq. (17).
+    """Multiply by A of LegS in O(n): a running sum in place of a matrix. Eq. (19).
 
     Parameters
     ----------
@@ -191,14 +191,17 @@ def legs_product(c: ArrayLike) -> Array:
     -------
     ndarray, shape (..., n)
     """
-    c = _floats(c)
+    return _product(_finite(_floats(c), "c"))
+
+
+def _product(c: Array) -> Array:
     degree = np.arange(c.shape[-1], dtype=c.dtype)
     root = np.sqrt(2 * degree + 1)
     return degree * c - root * np.cumsum(root * c, axis=-1)
 
 
 def legs_solve(y: ArrayLike, h: float) -> Array:
-    """Solve (1 - h A) x = y for A of LegS in O(n), by substitution with a running sum. Eq. (18).
+    """Solve (1 - h A) x = y for A of LegS in O(n), by substitution with a running sum. Eq. (20).
 
     Parameters
     ----------
@@ -210,9 +213,13 @@ def legs_solve(y: ArrayLike, h: float) -> Array:
     -------
     ndarray, shape (..., n)
     """
-    y = _floats(y)
+    y = _finite(_floats(y), "y")
     if not 0 <= h < np.inf:
-        raise ValueError(f"h must not be negative, got {h}")
+        raise ValueError(f"h must be finite and not negative, got {h}")
+    return _solve(y, h)
+
+
+def _solve(y: Array, h: float) -> Array:
     degree = np.arange(y.shape[-1], dtype=y.dtype)
     root = np.sqrt(2 * degree + 1)
     keep, gain = (1 - h * degree) / (1 + h * (degree + 1)), 1 / (1 + h * (degree + 1))
@@ -229,7 +236,7 @@ def legs_solve(y: ArrayLike, h: float) -> Array:
 
 
 def legs_step(c: ArrayLike, u: ArrayLike, k: int, method: str = "exact") -> Array:
-    """Go from k seen samples to k + 1: the new sample u held on [k, k + 1]. Eqs. (12) to (18).
+    """Go from k seen samples to k + 1: the new sample u held on [k, k + 1]. Eqs. (14) to (20).
 
     Parameters
     ----------
@@ -245,30 +252,38 @@ def legs_step(c: ArrayLike, u: ArrayLike, k: int, method: str = "exact") -> Arra
     -------
     ndarray, shape (..., n)
     """
-    c = _floats(c)
+    c = _finite(_floats(c), "c")
     _require_method(method)
     if not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be at least 1, an integer: samples seen, and a divisor; got {k!r}")
-    u = np.asarray(u, c.dtype)[..., None]
+    u = _points(u, "u").astype(c.dtype)
+    if u.shape != c.shape[:-1]:
+        raise ValueError(f"u must have one sample for each row of c, shape {c.shape[:-1]}, got {u.shape}")
+    return _step(c, u[..., None], k, method)
+
+
+def _step(c: Array, u: Array, k: int, method: str) -> Array:
+    """Take the step of `legs_step`, its arguments known to be good; Euler's rule may overflow here."""
     if method == "exact":
         first = u * np.eye(1, c.shape[-1], dtype=c.dtype)[0]  # a constant past u: the state where nothing changes
-        return (first + stretch(c - first, k / (k + 1))).astype(c.dtype)
+        return (first + _stretch(c - first, k / (k + 1))).astype(c.dtype)
     pushed = u * np.sqrt(2 * np.arange(c.shape[-1], dtype=c.dtype) + 1)
     if method == "euler":
-        return c + (legs_product(c) + pushed) / k
+        return c + (_product(c) + pushed) / k
     if method == "backward":
-        return legs_solve(c + pushed / (k + 1), 1 / (k + 1))
-    return legs_solve(c + (legs_product(c) + pushed) / (2 * k) + pushed / (2 * k + 2), 1 / (2 * k + 2))
+        return _solve(c + pushed / (k + 1), 1 / (k + 1))
+    return _solve(c + (_product(c) + pushed) / (2 * k) + pushed / (2 * k + 2), 1 / (2 * k + 2))
 
 
-def stretch(c: ArrayLike, ratio: float) -> Float:
-    """Squeeze a past into the first `ratio` of a new window, zero after it: e^(A ln(1/ratio)) c. Eq. (15).
+def stretch(c: ArrayLike, ratio: float) -> Array:
+    """Squeeze a past into the first `ratio` of a new window, zero after it: e^(A ln(1/ratio)) c. Eq. (17).
 
     Gauss's rule with n nodes is exact for the polynomials of degree up to 2n - 2 that occur.
 
     Parameters
     ----------
     c : array of shape (..., n)
+        float32 stays float32; in between it is float64.
     ratio
         Old length over new length, in (0, 1].
 
@@ -276,9 +291,14 @@ def stretch(c: ArrayLike, ratio: float) -> Float:
     -------
     ndarray, shape (..., n)
     """
-    c = _floats(c).astype(float)
+    c = _finite(_floats(c), "c")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+    return _stretch(c, ratio).astype(c.dtype)
+
+
+def _stretch(c: Array, ratio: float) -> Float:
+    """Do the work of `stretch`; the float64 of the rule makes float64 of a float32 past."""
     n = c.shape[-1]
     s, weights, old = _gauss(n)
     # Only the change is summed: then the rule's rounding error is as small as the change, and thousands of steps,
@@ -326,7 +346,7 @@ def project_stream(
     if measure == "legs":
         states[..., 0, 0] = u[..., 0]
         for k in range(1, u.shape[-1]):
-            states[..., k, :] = legs_step(states[..., k - 1, :], u[..., k], k, method)
+            states[..., k, :] = _step(states[..., k - 1, :], u[..., k, None], k, method)
         return states
     if not 0 < theta < np.inf:
         raise ValueError(f"theta must be positive, got {theta}")
@@ -349,6 +369,20 @@ def _floats(x: ArrayLike) -> Array:
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"expected an array with a last axis that is not empty, got shape {x.shape}")
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32 if x.dtype == np.float16 else float)
+
+
+def _finite(x: Array, name: str) -> Array:
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity: every number made from it would, too")
+    return x
+
+
+def _points(x: ArrayLike, name: str) -> Float:
+    """Finite real numbers of any shape, as float64."""
+    x = np.asarray(x)
+    if x.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
+    return _finite(x.astype(float), name)
 
 
 def _signal(u: ArrayLike) -> Array:

@@ -23,7 +23,7 @@ Complex = NDArray[np.complex128]
 
 
 def normal_plus_low_rank(n: int) -> tuple[Complex, Float, Complex]:
-    """Split A of LegS as V diag(λ) V* - p pᵀ with a unitary V. Eq. (20); Gu 2022, theorem 1.
+    """Split A of LegS as V diag(λ) V* - p pᵀ with a unitary V. Eq. (22); Gu 2022, theorem 1.
 
     A + p pᵀ is -½ plus a skew-symmetric matrix. i times that is Hermitian, so its eigenvectors come out orthonormal
     to rounding at every n, while those of A itself are useless: their condition is 8e4 at n = 8 and 8e10 at n = 16.
@@ -43,7 +43,7 @@ def normal_plus_low_rank(n: int) -> tuple[Complex, Float, Complex]:
 
 
 def kernel_by_powers(a: ArrayLike, b: ArrayLike, c: ArrayLike, length: int) -> Float:
-    """Kernel C B̄, C Ā B̄, C Ā² B̄, …: what the output is after one unit pulse. Eq. (21). O(length n²).
+    """Kernel C B̄, C Ā B̄, C Ā² B̄, …: what the output is after one unit pulse. Eq. (23). O(length n²).
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def kernel_by_powers(a: ArrayLike, b: ArrayLike, c: ArrayLike, length: int) -> F
 
 
 def s4_kernel(c: ArrayLike, dt: float, length: int) -> Float:
-    """Compute the kernel of frozen LegS with bilinear steps from Cauchy sums, without powers. Eqs. (22) and (23).
+    """Compute the kernel of frozen LegS with bilinear steps from Cauchy sums, without powers. Eqs. (24) and (25).
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def s4_kernel(c: ArrayLike, dt: float, length: int) -> Float:
 
 
 def run_recurrence(a: ArrayLike, b: ArrayLike, c: ArrayLike, u: ArrayLike) -> Float:
-    """Compute the outputs y_k = C x_k of x_k = Ā x_{k-1} + B̄ u_k from x = 0, step by step. Eq. (21).
+    """Compute the outputs y_k = C x_k of x_k = Ā x_{k-1} + B̄ u_k from x = 0, step by step. Eq. (23).
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def run_recurrence(a: ArrayLike, b: ArrayLike, c: ArrayLike, u: ArrayLike) -> Fl
 
 
 def causal_convolution(kernel: ArrayLike, u: ArrayLike) -> Float:
-    """Compute the outputs y_k = sum_j kernel_j u_{k-j}, by FFT in O(length log length). Eq. (21).
+    """Compute the outputs y_k = sum_j kernel_j u_{k-j}, by FFT in O(length log length). Eq. (23).
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def causal_convolution(kernel: ArrayLike, u: ArrayLike) -> Float:
 
 
 def recur(a: ArrayLike, b: ArrayLike) -> Array:
-    """All states of x_k = a_k x_{k-1} + b_k from x = 0, one after the other. Eq. (24).
+    """All states of x_k = a_k x_{k-1} + b_k from x = 0, one after the other. Eq. (27).
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def recur(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def scan(a: ArrayLike, b: ArrayLike) -> Array:
-    """Compute the states of `recur` in about 2 log2(length) rounds; within a round all steps are independent. Eq. (25).
+    """Compute the states of `recur` in about 2 log2(length) rounds; within a round all steps are independent. Eq. (28).
 
     Two steps after each other are one: (a, b) then (a', b') is (a' a, a' b + b'). Joined in pairs, the sequence has
     half its length; its states are every second state of the whole. Total work is O(length).
@@ -193,7 +193,7 @@ def _scan(a: Array, b: Array) -> Array:
 def selective_ssm(
     u: ArrayLike, delta: ArrayLike, a: ArrayLike, b: ArrayLike, c: ArrayLike, *, exact_input: bool = False
 ) -> Float:
-    """Mamba's layer for one channel: x_k = e^(Δ_k a) x_{k-1} + Δ_k b_k u_k, y_k = c_k · x_k. Eq. (26).
+    """Mamba's layer for one channel: x_k = e^(Δ_k a) x_{k-1} + Δ_k b_k u_k, y_k = c_k · x_k. Eq. (29).
 
     Parameters
     ----------
@@ -215,8 +215,8 @@ def selective_ssm(
             "u and delta must have shape (length,), a shape (n,), b and c shape (length, n), "
             f"got {u.shape}, {delta.shape}, {a.shape}, {b.shape} and {c.shape}"
         )
-    if not (a < 0).all() or not ((delta >= 0) & (delta < np.inf)).all():
-        raise ValueError("a must be negative, delta must not be, and delta is finite: the state would not stay bounded")
+    if not (a < 0).all() or not (delta >= 0).all():
+        raise ValueError("a must be negative and delta must not be: the state would not stay bounded")
     product = delta[:, None] * a
     gain = np.expm1(product) / a if exact_input else delta[:, None]
     return (scan(np.exp(product), gain * b * u[:, None]) * c).sum(-1)
@@ -237,7 +237,10 @@ def _real(x: ArrayLike) -> Float:
     x = np.asarray(x)
     if np.iscomplexobj(x):  # numpy would drop the imaginary part
         raise TypeError(f"expected real numbers, got {x.dtype}")
-    return x.astype(float)
+    x = x.astype(float)
+    if not np.isfinite(x).all():  # one NaN and an FFT spreads it over all outputs, also the earlier ones
+        raise ValueError("expected finite numbers, got NaN or infinity")
+    return x
 
 
 def _system(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> tuple[Float, Float, Float]:

@@ -275,6 +275,39 @@ class TestLegsStep:
         for dtype, expected in ((np.float16, np.float32), (np.float32, np.float32), (int, float)):
             for method in METHODS:
                 assert legs_step(np.ones(4, dtype), 1, 3, method).dtype == expected
+            for way in (legs_product, lambda c: legs_solve(c, 0.5), lambda c: stretch(c, 0.5)):
+                assert way(np.ones(4, dtype)).dtype == expected
+
+    def test_float32_is_stretched_in_float64(self):
+        c = normal(3, 64).astype(np.float32)
+        np.testing.assert_array_equal(stretch(c, 0.3), stretch(c.astype(float), 0.3).astype(np.float32))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_a_gap_is_named(self, bad, dtype):
+        """One NaN in c would spread to every number of the result; the argument that holds it is named."""
+        c, gap = np.ones(3, dtype), np.array([1, bad, 2], dtype)
+        for name, call in (
+            ("c", lambda: stretch(gap, 0.5)),
+            ("c", lambda: legs_product(gap)),
+            ("y", lambda: legs_solve(gap, 0.5)),
+            ("c", lambda: legs_step([c, gap], [1.0, 1.0], 3)),
+            ("u", lambda: legs_step([c, c, c], gap, 3)),
+            ("c", lambda: reconstruct(gap, [0.5])),
+            ("s", lambda: reconstruct(c, gap)),
+            ("s", lambda: legendre(3, gap)),
+            ("age", lambda: laguerre(3, gap)),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
+                call()
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_sample_for_each_row(self, method):
+        for c, u in ((np.ones(3), np.ones(2)), (np.ones((2, 3)), 1.0), (np.ones((2, 3)), np.ones(3))):
+            with pytest.raises(ValueError, match="one sample for each row"):
+                legs_step(c, u, 3, method)
+        with pytest.raises(TypeError, match="u must hold real numbers"):
+            legs_step(np.ones(3), 1j, 3, method)
 
     @pytest.mark.parametrize("method", ["backward", "bilinear", "exact"])
     def test_float32_loses_its_own_digits_and_no_more(self, method):
@@ -293,7 +326,7 @@ class TestLegsStep:
                 stretch(bad, 0.5)
         with pytest.raises(TypeError, match="real numbers"):
             stretch([1j, 2], 0.5)
-        with pytest.raises(ValueError, match="h must not be negative"):
+        with pytest.raises(ValueError, match="h must be finite and not negative"):
             legs_solve(np.ones(3), -0.1)
         for ratio in (0, 1.5, np.nan):
             with pytest.raises(ValueError, match="ratio must lie"):

@@ -95,6 +95,20 @@ class TestS4:
         with pytest.raises(TypeError, match="real numbers"):
             selective_ssm([1.0], [1.0], [-1 + 2j], [[1.0]], [[1.0]])
 
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_one_gap_does_not_spread_over_all_outputs(self, bad):
+        """By FFT, a NaN in the last sample reaches the first output."""
+        eye, one, gap = np.eye(2), np.ones(2), np.array([1.0, bad])
+        for call in (
+            lambda: causal_convolution(one, gap),
+            lambda: causal_convolution(gap, one),
+            lambda: s4_kernel(gap, 0.1, 8),
+            lambda: kernel_by_powers(eye, gap, one, 3),
+            lambda: run_recurrence(eye, one, one, gap),
+        ):
+            with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity"):
+                call()
+
 
 class TestScan:
     @given(st.integers(1, 70), st.sampled_from([(), (3,), (2, 3)]), st.booleans(), st.integers(0, 99))
@@ -182,7 +196,7 @@ class TestSelective:
         with pytest.raises(ValueError, match="delta must not be"):
             selective_ssm(u, -delta, a, b, c)
         for bad in (np.inf, np.nan):
-            with pytest.raises(ValueError, match="delta is finite"):
+            with pytest.raises(ValueError, match="expected finite numbers"):
                 selective_ssm(u, np.full_like(delta, bad), a, b, c)
         with pytest.raises(ValueError, match=r"b and c shape \(length, n\)"):
             selective_ssm(u, delta, a, b[:, :2], c)
