@@ -23,12 +23,15 @@ import numpy as _np
 from helpers.teaching.widgets import EXPLORERS as _EXPLORERS
 def _positions(control):  # what the front end may send: an index into the options, or a value
     if hasattr(control, "options"):
-        return "index", list(range(len(control.options))), control.index
+        return "index", _moves(range(len(control.options)), control.index), control.index
     if not hasattr(control, "min"):
-        return "value", [True, False], control.value
+        return "value", _moves([True, False], control.value), control.value
     ends = _np.linspace(control.min, control.max, {STEPS})
     values = control.base ** ends if hasattr(control, "base") else ends
-    return "value", [type(control.value)(v) for v in values], control.value
+    return "value", _moves([type(control.value)(v) for v in values], control.value), control.value
+def _moves(values, start):  # each differs from the one before it: nothing is drawn, in no time, when nothing moves
+    values = list(dict.fromkeys(values))
+    return values[1:] + values[:1] if values[0] == start else values
 def _plain(explorer, repeats=7):
     times = []
     for _ in range(repeats):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import io
 import os
 import time
@@ -81,13 +82,18 @@ def build(path: Path, *, check: bool = False, fresh: bool = False) -> Built:
     executed = clean(execute(stored, path.parent))
     if not fresh:
         keep_what_is_the_same(stored, executed)
-    text = nbformat.writes(executed) + "\n"
+    text = written(executed)
     if len(text.encode()) > LARGEST_NOTEBOOK:
         raise BuildError(f"{path.name} would have {len(text.encode())} bytes; {LARGEST_NOTEBOOK} is the limit")
     changed = text.encode() != before
     if changed and not check:
         path.write_bytes(text.encode())
     return Built(path, text, changed, time.perf_counter() - start)
+
+
+def written(notebook: NotebookNode) -> str:
+    """Return the text of the file in which `notebook` is stored."""
+    return nbformat.writes(notebook) + "\n"
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
@@ -122,6 +128,15 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 def clean(notebook: NotebookNode) -> NotebookNode:
     """Remove what changes from run to run or only makes the file larger. Works in place, returns its argument."""
+    for cell in strip(notebook).cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = shrink(output.data["image/png"])
+    return notebook
+
+
+def strip(notebook: NotebookNode) -> NotebookNode:
+    """Do what `clean` does except for the pictures, which take its time. Works in place, returns its argument."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -135,10 +150,8 @@ def clean(notebook: NotebookNode) -> NotebookNode:
         for output in cell.outputs:
             if output.output_type == "error":
                 raise BuildError(f"cell {cell.id} failed: {output.ename}: {output.evalue}")
-            data = output.get("data", {})
-            data.pop(WIDGET_VIEW, None)  # without its state a front end shows an error instead of the picture
-            if "image/png" in data:
-                data["image/png"] = shrink(data["image/png"])
+            # Without its state a front end shows an error instead of the picture.
+            output.get("data", {}).pop(WIDGET_VIEW, None)
     return notebook
 
 
@@ -184,6 +197,7 @@ def keep_what_is_the_same(stored: NotebookNode, fresh: NotebookNode) -> None:
                 after.data["image/png"] = a
 
 
+@functools.lru_cache(maxsize=16)  # the tests ask twice: for all pictures of a cell, then for what a rebuild keeps
 def picture_difference(stored: str, fresh: str) -> str:
     """Say how two base64 PNGs differ to the eye; empty when they do not."""
     a, b = (np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int) for png in (stored, fresh))

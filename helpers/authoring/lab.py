@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # playwright is needed by maintainers only
-    from playwright.sync_api import Locator, Page
+    from http.client import HTTPResponse
+
+    from playwright.sync_api import Browser, Locator, Page
 
 _CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -43,6 +45,35 @@ _ERRORS = (
     f"() => {_CODE_CELLS}.flatMap(c => c.model.outputs.toJSON())"
     ".filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"
 )
+# What comes after the last output: every widget stands in the page with its picture, every formula is typeset.
+_SHOWN = f"""() => {{
+    const panel = window.jupyterapp.shell.currentWidget.node;
+    const promised = {_CODE_CELLS}.flatMap(c => c.model.outputs.toJSON())
+        .filter(o => 'application/vnd.jupyter.widget-view+json' in (o.data ?? {{}})).length;
+    if (panel.querySelectorAll('.jp-OutputArea-output > .jupyter-widgets').length < promised) return false;
+    if ([...panel.querySelectorAll('img')].some(i => !i.complete)) return false;
+    const texts = document.createTreeWalker(panel, NodeFilter.SHOW_TEXT);
+    const bare = 'pre, code, script, style, textarea, mjx-container, .cm-editor';
+    while (texts.nextNode()) {{
+        const text = texts.currentNode;
+        if (/\\$[^$]+\\$|\\\\tag\\{{/.test(text.data) && !text.parentElement.closest(bare)) return false;
+    }}
+    return true;
+}}"""
+_PLACE = "handle => handle.parentElement.style.transform"  # of a slider; moves with the key, before the kernel hears
+_TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+# The kernel answers in the order in which it is asked, so its reply comes after every picture asked for before.
+# A slider keeps its last place back while the kernel is busy: ask until nothing changes any more.
+_SETTLE = f"""async () => {{
+    const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const pictures = () => [...document.querySelectorAll('img.widget-image')].map(i => i.src).join();
+    let before;
+    do {{
+        before = pictures();
+        await kernel.requestKernelInfo();
+        await {_TWO_FRAMES};
+    }} while (pictures() !== before);
+}}"""
 
 
 class BrowserMissing(Exception):
@@ -82,8 +113,8 @@ def require_browser() -> str:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Serve a copy of `folder` in JupyterLab; yields the address of a notebook, with ``{}`` for its name."""
+def serve(folder: Path) -> Iterator[tuple[str, str]]:
+    """Serve a copy of `folder` in JupyterLab; yields the address of the server and the token that it asks for."""
     with tempfile.TemporaryDirectory(prefix="lab") as scratch:
         work = Path(scratch)
         shutil.copytree(folder, work / "root")
@@ -120,7 +151,7 @@ def serve(folder: Path) -> Iterator[str]:
             server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _wait_until_up(f"http://127.0.0.1:{port}/api/status?token={token}", server, work / "lab.log")
-            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"
+            yield f"http://127.0.0.1:{port}", token
         finally:
             server.terminate()
             try:
@@ -168,8 +199,15 @@ class NotebookPage:
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_function(_ALL_RUN, timeout=180_000)
         self.page.wait_for_function(_IDLE, timeout=60_000)
-        self.page.wait_for_timeout(1500)  # formulas are typeset after the last output arrived
-        return self.page.evaluate(_ERRORS)
+        errors = self.page.evaluate(_ERRORS)
+        if not errors:  # an error may have kept a widget from being shown
+            self.page.wait_for_function(_SHOWN, timeout=60_000)
+        self.settle()
+        return errors
+
+    def settle(self) -> None:
+        """Wait until the kernel has drawn and the page shows all that was asked for."""
+        self.page.evaluate(_SETTLE)
 
     def explorers(self) -> list[Locator]:
         """Find the widgets that show a picture, top to bottom."""
@@ -181,11 +219,18 @@ class NotebookPage:
 
     def press(self, explorer: Locator, key: str, *, control: int = 0, patience: float = 5.0) -> bool:
         """Press `key` on a slider of `explorer`; say whether another picture came within `patience` seconds."""
-        image = explorer.locator("img.widget-image")
         old = self.picture_of(explorer)
         handle = explorer.locator(".noUi-handle").nth(control)
         handle.focus()
+        place = handle.evaluate(_PLACE)
         handle.press(key)
+        if handle.evaluate(_PLACE) == place:  # it stood at that end already, and nothing was sent
+            return False
+        return self.another_picture(explorer, old, patience=patience)
+
+    def another_picture(self, explorer: Locator, old: str, *, patience: float = 5.0) -> bool:
+        """Wait for another picture than `old`; say whether one came within `patience` seconds."""
+        image = explorer.locator("img.widget-image")
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if self.picture_of(explorer) != old and image.evaluate("i => i.complete && i.naturalWidth > 0"):
@@ -203,18 +248,49 @@ class NotebookPage:
             " return [v.clientHeight, v.scrollTop + last.bottom - v.getBoundingClientRect().top] }"
         )
         step = screen - 60
+        box = view.bounding_box()
         pages = []
         for number in range(max(1, math.ceil((total - 60) / step))):
-            view.evaluate("(v, top) => { v.scrollTop = top }", number * step)
-            self.page.wait_for_timeout(120)
+            view.evaluate(f"(v, top) => {{ v.scrollTop = top; return {_TWO_FRAMES} }}", number * step)
             pages.append(folder / f"page-{number + 1:02d}.png")
-            view.screenshot(path=pages[-1])
+            # A part of the page: a picture of the element would be the same and take twice as long.
+            self.page.screenshot(path=pages[-1], clip=box)
         return pages
 
 
+class Lab:
+    """A JupyterLab and a headless browser, in which one notebook after the other can be opened."""
+
+    def __init__(self, address: str, token: str, browser: Browser, size: tuple[int, int]) -> None:
+        self.address, self.token, self.browser, self.size = address, token, browser, size
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[NotebookPage]:
+        """Open a notebook by its name in a browser window that knows of no other; nothing is run yet."""
+        page = NotebookPage(self.browser.new_page(viewport={"width": self.size[0], "height": self.size[1]}))
+        try:
+            page.open(f"{self.address}/lab/tree/{name}?reset&token={self.token}")
+            page.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+            yield page
+        finally:
+            page.page.close()
+            self._stop_kernels()
+
+    def _stop_kernels(self) -> None:
+        """Stop what the page leaves running: the next notebook shall have the processor and the memory."""
+        with self._ask("GET") as reply:
+            sessions = json.load(reply)
+        for session in sessions:
+            self._ask("DELETE", session["id"]).close()
+
+    def _ask(self, method: str, session: str = "") -> HTTPResponse:
+        url = f"{self.address}/api/sessions{session and '/' + session}?token={self.token}"
+        return urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=60)
+
+
 @contextlib.contextmanager
-def open_notebook(path: Path, *, size: tuple[int, int] = (1180, 1500)) -> Iterator[NotebookPage]:
-    """Open a copy of the notebook at `path` in JupyterLab under headless Chromium; nothing is run yet.
+def open_lab(folder: Path, *, size: tuple[int, int] = (1180, 1500)) -> Iterator[Lab]:
+    """Start JupyterLab on a copy of `folder`, and a headless Chromium whose windows have `size`.
 
     Raises
     ------
@@ -224,12 +300,22 @@ def open_notebook(path: Path, *, size: tuple[int, int] = (1180, 1500)) -> Iterat
     chromium = require_browser()
     from playwright.sync_api import sync_playwright  # here: most commands do without
 
-    with serve(path.parent) as url, sync_playwright() as playwright:
+    with serve(folder) as (address, token), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=_CHROMIUM_FLAGS)
         try:
-            page = NotebookPage(browser.new_page(viewport={"width": size[0], "height": size[1]}))
-            page.open(url.format(path.name))
-            page.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
-            yield page
+            yield Lab(address, token, browser, size)
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def open_notebook(path: Path, *, size: tuple[int, int] = (1180, 1500)) -> Iterator[NotebookPage]:
+    """Open a copy of the notebook at `path`, in a JupyterLab and a browser of its own; nothing is run yet.
+
+    Raises
+    ------
+    BrowserMissing
+        With what to install.
+    """
+    with open_lab(path.parent, size=size) as lab, lab.open(path.name) as notebook:
+        yield notebook

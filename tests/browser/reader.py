@@ -7,7 +7,7 @@ import os
 import pytest
 from collection import ROOT
 
-from helpers.authoring.lab import BrowserMissing, open_notebook, require_browser
+from helpers.authoring.lab import BrowserMissing, Lab, require_browser
 
 PICTURES = ROOT / "pictures"
 
@@ -20,9 +20,9 @@ except BrowserMissing as error:
 needs_browser = pytest.mark.skipif(bool(missing) and os.environ.get("REQUIRE_BROWSER") != "1", reason=missing)
 
 
-def open_run_and_move(path):
+def open_run_and_move(lab: Lab, path):
     """Do in a real browser what a reader does with one notebook, and look at what must not happen."""
-    with open_notebook(path) as notebook:
+    with lab.open(path.name) as notebook:
         stored = notebook.page.locator(".jp-OutputArea-output img:not(.widget-image)")
         assert stored.count() >= 2, "the stored pictures are shown before anything runs"
         assert notebook.page.locator(".jp-OutputArea-output", has_text="Error displaying widget").count() == 0
@@ -33,7 +33,7 @@ def open_run_and_move(path):
             sliders = explorer.locator(".noUi-handle").count()
             for control in range(sliders):
                 # End first: most sliders start nearer to their low end, and at an end they cannot move there.
-                moved = [notebook.press(explorer, key, control=control, patience=1.5) for key in ("End", "Home")]
+                moved = [notebook.press(explorer, key, control=control) for key in ("End", "Home")]
                 assert any(moved), f"slider {control} of widget {number} does not move the picture"
             assert explorer.get_by_role("alert").count() == 0, explorer.inner_text()
 
@@ -43,8 +43,8 @@ def open_run_and_move(path):
         notebook.page.mouse.down()
         notebook.page.mouse.move(box["x"] + 60, box["y"] + 5, steps=4)
         notebook.page.mouse.up()
-        notebook.page.wait_for_timeout(500)
-        assert notebook.picture_of(explorers[0]) != before, "dragging with the mouse does nothing"
+        assert notebook.another_picture(explorers[0], before), "dragging with the mouse does nothing"
+        notebook.settle()
 
         assert notebook.page.locator("mjx-merror").count() == 0, "a formula is broken"
         assert notebook.page.locator("mjx-container").count() > 2, "formulas are not typeset"

@@ -15,5 +15,5 @@ def test_a_browser_is_there():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[::2], ids=lambda path: path.stem)
-def test_a_reader_can_open_run_and_move(path):
-    open_run_and_move(path)
+def test_a_reader_can_open_run_and_move(lab, path):
+    open_run_and_move(lab, path)

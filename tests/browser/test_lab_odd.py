@@ -10,5 +10,5 @@ pytestmark = needs_browser
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1::2], ids=lambda path: path.stem)
-def test_a_reader_can_open_run_and_move(path):
-    open_run_and_move(path)
+def test_a_reader_can_open_run_and_move(lab, path):
+    open_run_and_move(lab, path)
