@@ -5,7 +5,7 @@ LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab install install-test test build look bench-widgets clean
+.PHONY: help lab install install-test test speed build look bench-widgets clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ install-test: .venv/installed-test  ## … and all that the tests need
 
 test: install-test  ## run everything that is checked, on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests
+
+speed: install  ## measure attention with and without a softmax on this machine (SPEED=... for options)
+	$(BIN)/python -m helpers.speed $(SPEED)
 
 build: install-test  ## execute notebooks anew and store them cleaned (NOTEBOOKS=... for some)
 	$(BIN)/python -m helpers.authoring build $(NOTEBOOKS)
