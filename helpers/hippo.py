@@ -61,6 +61,7 @@ def laguerre(n: int, age: ArrayLike) -> Float:
     age = _points(age, "age")
     if (age < 0).any():
         raise ValueError(f"age must not be negative: the functions live on [0, ∞), got {age.min()}")
+    age = np.minimum(age, 1e100)  # all is 0 long before, and the square of a larger age would overflow
     # The polynomials overflow and e^(-age/2) underflows where their product does neither: the scale goes into `log`.
     log, last, this = -age / 2, np.ones_like(age), 1 - age
     values = [np.exp(log), this * np.exp(log)]
@@ -102,13 +103,15 @@ def reconstruct(c: ArrayLike, s: ArrayLike) -> Float:
     Parameters
     ----------
     c : array of shape (..., n)
-    s : array of shape (m,)
+    s : number, or array of shape (m,)
 
     Returns
     -------
-    ndarray, shape (..., m)
+    ndarray, shape (...) or (..., m)
     """
     c = _finite(_floats(c), "c").astype(float)
+    if np.ndim(s) > 1:
+        raise ValueError(f"s must be a number or have shape (m,), got {np.shape(s)}")
     return c @ legendre(c.shape[-1], s).T
 
 
@@ -157,7 +160,7 @@ def discretise(a: ArrayLike, b: ArrayLike, dt: float, method: str = "exact") -> 
     -------
     ndarray, shape (n, n), and ndarray, shape (n,)
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a, b = _points(a, "a"), _points(b, "b")
     _require_method(method)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or b.shape != a.shape[:1]:
         raise ValueError(f"a must have shape (n, n) and b shape (n,), got {a.shape} and {b.shape}")
@@ -208,14 +211,15 @@ def legs_solve(y: ArrayLike, h: float) -> Array:
     y : array of shape (..., n)
     h
         Not negative; then every factor of the running sum lies between -1 and 1, and rounding errors do not grow.
+        h (n + 1) must not overflow.
 
     Returns
     -------
     ndarray, shape (..., n)
     """
     y = _finite(_floats(y), "y")
-    if not 0 <= h < np.inf:
-        raise ValueError(f"h must be finite and not negative, got {h}")
+    if not 0 <= h <= np.finfo(y.dtype).max / (y.shape[-1] + 1):
+        raise ValueError(f"h must be finite and not negative, and h (n + 1) finite in {y.dtype}, got {h}")
     return _solve(y, h)
 
 
@@ -256,7 +260,9 @@ def legs_step(c: ArrayLike, u: ArrayLike, k: int, method: str = "exact") -> Arra
     _require_method(method)
     if not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be at least 1, an integer: samples seen, and a divisor; got {k!r}")
-    u = _points(u, "u").astype(c.dtype)
+    k = int(k)  # numpy's small integers would overflow at k + 1
+    with np.errstate(over="ignore"):  # a u too large for the float32 of c is told below
+        u = _finite(_points(u, "u").astype(c.dtype), "u")
     if u.shape != c.shape[:-1]:
         raise ValueError(f"u must have one sample for each row of c, shape {c.shape[:-1]}, got {u.shape}")
     return _step(c, u[..., None], k, method)

@@ -170,7 +170,8 @@ def scan(a: ArrayLike, b: ArrayLike) -> Array:
     """Compute the states of `recur` in about 2 log2(length) rounds; within a round all steps are independent. Eq. (28).
 
     Two steps after each other are one: (a, b) then (a', b') is (a' a, a' b + b'). Joined in pairs, the sequence has
-    half its length; its states are every second state of the whole. Total work is O(length).
+    half its length; its states are every second state of the whole. Total work is O(length). Products of many a_k are
+    formed on their own: they must not overflow, as 2^4096 does, also where b is 0 and the loop would not mind.
 
     Parameters and result as for `recur`.
     """

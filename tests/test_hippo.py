@@ -58,6 +58,7 @@ class TestPolynomials:
 
     def test_far_in_the_past_laguerre_is_zero_and_not_nan(self):
         assert np.array_equal(laguerre(64, [1e4, 1e8]), np.zeros((2, 64)))
+        assert not laguerre(4, [1e160, 1e308]).any()
 
     @pytest.mark.parametrize("n, age", [(400, 1495.0), (1000, 2000.0), (1000, 1e-9), (1000, 3900.0)])
     def test_many_laguerre_functions_are_not_lost_where_the_exponential_underflows(self, n, age):
@@ -104,6 +105,9 @@ class TestProject:
         u = normal(2, 3, 20)
         assert project(u, 4).shape == (2, 3, 4)
         np.testing.assert_allclose(project(u, 4)[1, 2], project(u[1, 2], 4), atol=1e-15)
+        assert reconstruct(project(u, 4), 1.0).shape == (2, 3)
+        with pytest.raises(ValueError, match=r"s must be a number .* got \(2, 4\)"):
+            reconstruct(project(u, 4), np.ones((2, 4)))  # as many columns as coefficients: the wrong axis would fit
         assert reconstruct(project(u, 4), np.linspace(0, 1, 7)).shape == (2, 3, 7)
 
     @pytest.mark.parametrize("bad", [np.array([]), [1.0, np.nan], [np.inf]])
@@ -222,6 +226,11 @@ class TestDiscretise:
                 discretise(a, b, dt)
         with pytest.raises(ValueError, match=r"one of euler, .*got 'zoh'"):
             discretise(a, b, 0.1, "zoh")
+        with pytest.raises(TypeError, match="a must hold real numbers"):
+            discretise(1j * a, b, 0.1)
+        for method in METHODS:
+            with pytest.raises(ValueError, match="b holds NaN"):
+                discretise(a, b * np.nan, 0.1, method)
         with pytest.raises(ValueError, match=r"got \(3, 2\) and \(3,\)"):
             discretise(a[:, :2], b, 0.1)
 
@@ -252,6 +261,25 @@ class TestLegsStep:
         for method, expected in dense.items():
             scale = max(1, np.abs(expected).max())
             np.testing.assert_allclose(legs_step(c, u, k, method), expected, rtol=0, atol=1e-10 * scale)
+
+    @pytest.mark.parametrize("kind, k", [(np.int8, 127), (np.uint8, 255), (np.int32, 2**31 - 1)])
+    def test_small_integers_count_like_pythons(self, kind, k):
+        for method in METHODS:
+            np.testing.assert_array_equal(
+                legs_step([1, 2, 3.0], 2.0, kind(k), method), legs_step([1, 2, 3.0], 2.0, k, method)
+            )
+
+    def test_numbers_too_large_for_the_result_are_named(self):
+        with pytest.raises(ValueError, match="u holds NaN or infinity"):
+            legs_step(np.ones(3, np.float32), 1e39, 3)
+        with pytest.raises(ValueError, match=r"h \(n \+ 1\) finite in float64, got 1e\+308"):
+            legs_solve(np.ones(4), 1e308)
+        with pytest.raises(ValueError, match="finite in float32"):
+            legs_solve(np.ones(4, np.float32), 1e38)
+        a, _ = transition("legs", 4)
+        for dtype, h in ((np.float64, 1e307), (np.float32, 5e37)):  # just below: x is y / -h A, rounded
+            expected = np.linalg.solve(-a, np.ones(4))
+            np.testing.assert_allclose(legs_solve(np.ones(4, dtype), h) * h, expected, atol=1e-6)
 
     @given(st.integers(1, 40), st.integers(1, 4), st.sampled_from(METHODS), st.integers(0, 99))
     def test_a_batch_is_its_rows(self, n, batch, method, seed):
