@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, help="default: 16 on a GPU, 4 on a CPU")
     parser.add_argument("--features", type=int, nargs="+", default=[64], help="of a head; one measurement for each")
-    parser.add_argument("--seconds", type=float, default=45.0, help="time of a sweep (default: 45)")
+    parser.add_argument("--seconds", type=float, default=50.0, help="of each measurement (default: 50)")
     parser.add_argument("--longest", type=int, default=benchmark.LONGEST, help="longest n (default: 2^20)")
     parser.add_argument("--threads", type=int, help="of the processor (default: torch's)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help=f"out of: {names}")
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--threads must be at least 1, not {chosen.threads}")
         torch.set_num_threads(chosen.threads)
     try:
+        chosen.to.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring, not after
         for features in chosen.features:
             record = benchmark.measure(
                 device=chosen.device, dtype=TYPES.get(chosen.dtype), batch=chosen.batch, heads=chosen.heads,
@@ -45,12 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
                 progress=sys.stderr.isatty(),
             )  # fmt: skip
             print(report.summarise(record), flush=True)
-            name = f"{'-'.join(str(record.device['name']).lower().split())}-d{features}"
-            stem = chosen.to / "".join(c for c in name if c.isalnum() or c == "-")
-            record.save(stem.with_suffix(".json"))
-            report.draw(record).savefig(stem.with_suffix(".png"))
-            print(f"\nwritten: {stem}.json and {stem}.png", flush=True)
-    except (ValueError, RuntimeError) as error:
+            path = chosen.to / f"{report.stem(record)}.json"
+            record.save(path)
+            report.draw(record).savefig(path.with_suffix(".png"))
+            print(f"\nwritten: {path} and the same as .png", flush=True)
+            if "the rest" in record.left_out:
+                break
+    except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

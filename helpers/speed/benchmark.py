@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -9,28 +10,32 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler reports its start and stop
 
+import psutil
 import torch
 from torch import Tensor
 
-from helpers.speed.methods import Attention, methods, reference
+from helpers.speed.methods import Attention, Method, methods, reference
 from helpers.speed.record import BOTH, FORWARD, Point, Record
 
 SHORTEST, LONGEST = 2**8, 2**20
 MOST_REPEATS = 25
+CHECKED = {"cpu": (256,), "cuda": (256, 2048)}  # where few sequences are so long, the Triton kernel takes two passes
 # Distance to float64 relative to the size; a method that is further away is not timed.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 METHOD = (
-    "Each method is first compared with float64 at n = 256. Then, length by length: a warm-up, after which the methods "
-    "take turns, 3 to 25 times each, all repeats are kept; on CUDA between two events, after a write that empties the "
-    "L2 cache. A curve ends when the next length would overdraw its share of the time or the free memory. Peak memory "
-    "is what torch holds at most above the inputs."
+    "Each method is first compared with float64, one sequence at n = 256, on CUDA at 2,048, too. Then, length by "
+    "length: a warm-up, after which the methods take turns, 3 to 25 times each, so that each finds the caches as "
+    "another has left them; all repeats are kept. On CUDA a repeat "
+    "lies between two events, after a write that empties the L2 cache; the time of Python's launches is in it, and "
+    "counts where n is small. A curve ends when the next length would overdraw its share of the time or the free "
+    "memory. Peak memory is what torch holds at most above the inputs."
 )
 
 
@@ -52,7 +57,7 @@ def measure(
     batch: int = 1,
     heads: int | None = None,
     features: int = 64,
-    seconds: float = 45.0,
+    seconds: float = 50.0,
     longest: int = LONGEST,
     only: list[str] | None = None,
     progress: bool = False,
@@ -68,7 +73,7 @@ def measure(
     batch, heads, features
         Shape beside n; None for 16 heads on a GPU and 4 on a CPU.
     seconds
-        Time for the sweep, shared evenly by all curves; the checks before it take some seconds more.
+        Time for all of it. What the checks leave, a quarter at least, is shared evenly by the curves.
     longest
         Longest length.
     only
@@ -85,7 +90,7 @@ def measure(
     ValueError
         A setting that cannot be, or an unknown method.
     RuntimeError
-        The device is not there.
+        The device is not there, or nothing could be measured.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
@@ -104,8 +109,11 @@ def measure(
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, not {seconds}")
 
+    begin, bar = time.perf_counter(), _Bar(progress)
     bench = _Bench(kind, dtype, (batch, heads, features))
-    attentions, errors, left_out = bench.prepare(only)
+    attentions, errors, left_out = bench.prepare(only, bar)
+    if not attentions:
+        raise RuntimeError("nothing could be measured: " + "; ".join(f"{a}: {b}" for a, b in left_out.items()))
     copy, products = bench.rates()
     record = Record(
         date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -120,7 +128,12 @@ def measure(
         left_out=left_out,
     )
     lengths = [2**p for p in range(SHORTEST.bit_length() - 1, longest.bit_length())]
-    bench.sweep(attentions, lengths, seconds, record.points, _Bar(len(lengths) if progress else 0))
+    try:
+        left = max(seconds - (time.perf_counter() - begin), seconds / 4)
+        bench.sweep(attentions, lengths, left, record.points, bar)
+    except KeyboardInterrupt:  # what is measured is not lost
+        record.left_out["the rest"] = "interrupted"
+    bar.close()
     return record
 
 
@@ -130,7 +143,7 @@ class _Bench:
     def __init__(self, kind: str, dtype: torch.dtype, shape: tuple[int, int, int]):
         self.kind, self.dtype, (self.batch, self.heads, self.features) = kind, dtype, shape
         self.tokens_first = {method.name for method in methods(kind) if method.tokens_first}
-        # Twice the largest L2 cache there is, written before each repeat so that no input is still in there.
+        # Larger than any L2 cache, and written before each repeat so that no input is still in there.
         self.flush = torch.empty(2**28 if kind == "cuda" else 0, dtype=torch.uint8, device=kind)
 
     def inputs(self, n: int, tokens_first: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,8 +154,11 @@ class _Bench:
         q, k, v, g = (x.transpose(1, 2).contiguous().transpose(1, 2) if tokens_first else x for x in made)
         return q, k, v, g
 
-    def prepare(self, only: list[str] | None) -> tuple[dict[str, Attention], dict, dict[str, str]]:
-        """Keep the methods that run here and are right, with their errors; say why the others are left out."""
+    def prepare(self, only: list[str] | None, bar: _Bar) -> tuple[dict[str, Attention], dict, dict[str, str]]:
+        """Keep the methods that run here and are right, with their errors; say why the others are left out.
+
+        All that a method compiles is compiled here, so that it does not count as time of a length.
+        """
         rivals = methods(self.kind)
         if unknown := set(only or ()) - {method.name for method in rivals}:
             names = ", ".join(method.name for method in rivals)
@@ -151,42 +167,55 @@ class _Bench:
         for method in rivals:
             if only and method.name not in only:
                 continue
+            bar.show(0.0, f"checking {method.name}")
             try:
                 attention = method.prepare()
-                found = self.errors(method.function, attention, method.tokens_first)
+                found = [self.errors(method, attention, n) for n in CHECKED[self.kind]]
             except Exception as error:  # whatever a rival raises: it is named, and the others go on
                 left_out[method.name] = _first_line(error)
                 continue
-            worst = max(found.values())
-            if worst <= TOLERANCES[self.dtype]:
-                attentions[method.name], errors[method.name] = attention, found
+            distances = [x for error in found for x in error.values()]
+            if all(x <= TOLERANCES[self.dtype] for x in distances):  # false for NaN
+                attentions[method.name] = attention
+                errors[method.name] = {direction: max(e[direction] for e in found) for direction in (FORWARD, BOTH)}
             else:
-                left_out[method.name] = f"differs from float64 by {worst:.1e} of its size: not timed"
+                left_out[method.name] = (
+                    f"differs from float64 by {', '.join(f'{x:.1e}' for x in distances)} of its size: not timed"
+                )
         return attentions, errors, left_out
 
-    def errors(self, function: str, attention: Attention, tokens_first: bool) -> dict[str, float]:
-        """Distance of the output and of the three gradients together to float64, each relative to its size."""
-        *qkv, g = self.inputs(256, tokens_first)
-        exact = [x.detach().double().requires_grad_() for x in qkv]
-        qkv = [x.requires_grad_() for x in qkv]
-        results = []
-        for out, leaves in ((attention(*qkv), qkv), (reference(function, *exact), exact)):
-            grads = torch.autograd.grad(out, leaves, g.to(out.dtype))
-            results.append((out.detach().double(), torch.cat([x.double().flatten() for x in grads])))
-        (out, grad), (true_out, true_grad) = results
-        distance = ((out - true_out).norm() / true_out.norm(), (grad - true_grad).norm() / true_grad.norm())
-        return {name: float(f"{x.item():.2g}") for name, x in zip((FORWARD, BOTH), distance, strict=True)}
+    def errors(self, method: Method, attention: Attention, n: int) -> dict[str, float]:
+        """Distance of the first sequence and its three gradients to float64, each relative to its size."""
+        *qkv, g = self.inputs(n, method.tokens_first)
+        with torch.no_grad():
+            alone = attention(*qkv)
+        leaves = [x.requires_grad_() for x in qkv]
+        out = attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, g)
+        exact = [x.detach()[:1, :1].double().requires_grad_() for x in qkv]
+        true_out = reference(method.function, *exact)
+        true_grads = torch.autograd.grad(true_out, exact, g[:1, :1].double())
+
+        def distance(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
+            a, b = (torch.cat([x.detach().double().flatten() for x in xs]) for xs in (found, true))
+            return float(f"{((a - b).norm() / b.norm()).item():.2g}")
+
+        first = [x[:1, :1] for x in (alone, out, *grads)]
+        return {FORWARD: distance(first[:2], [true_out] * 2), BOTH: distance(first[2:], true_grads)}
 
     def rates(self) -> tuple[float, float]:
         """Measure bytes a second of a copy, read and write counted, and FLOP a second of a product of matrices."""
         big, side = (2**28, 8192) if self.kind == "cuda" else (2**25, 1024)
         source, target = (torch.ones(big // 4, device=self.kind) for _ in range(2))
         a, b = (torch.randn(side, side, device=self.kind, dtype=self.dtype) for _ in range(2))
-        seconds = [
-            statistics.median([self.time(run) for _ in range(8)][1:])
-            for run in (lambda: target.copy_(source), lambda: a @ b)
-        ]
-        return 2 * big / seconds[0], 2 * side**3 / seconds[1]
+
+        def fastest(run: Callable[[], object]) -> float:
+            times = [self.time(run), self.time(run)]
+            while len(times) < 10 and sum(times) < 1.0:
+                times.append(self.time(run))
+            return min(times[1:])
+
+        return 2 * big / fastest(lambda: target.copy_(source)), 2 * side**3 / fastest(lambda: a @ b)
 
     def sweep(
         self, attentions: dict[str, Attention], lengths: list[int], seconds: float, points: list[Point], bar: _Bar
@@ -195,14 +224,11 @@ class _Bench:
         curves = {(name, direction): _Curve() for name in attentions for direction in (FORWARD, BOTH)}
         share = seconds / max(1, len(curves))
         self.peak_memory(lambda: None)  # the profiler's first start takes a second, which is no method's share
-        for n in lengths:
+        for step, n in enumerate(lengths):
             if all(curve.ended for curve in curves.values()):
                 break
-            bar.step(n)
-            size = 4 * self.batch * self.heads * n * self.features * self.dtype.itemsize
-            inputs = {False: self.inputs(n)} if 2 * size < self.free_memory() else {}
-            if inputs and self.tokens_first & set(attentions):
-                inputs[True] = self.inputs(n, tokens_first=True)
+            bar.show(step / len(lengths), f"n = {n:,}")
+            inputs = self.all_inputs(n, {name in self.tokens_first for name in attentions})
             for direction in (FORWARD, BOTH):
                 runs = {}
                 for name, attention in attentions.items():
@@ -217,7 +243,18 @@ class _Bench:
                         if curve.ended:
                             points.append(Point(name, direction, n, [], note=curve.ended))
                 points += self.points(n, direction, runs, curves, share)
-        bar.close()
+            inputs.clear()  # before the longer ones are made; the closures in `runs` still hold some
+            runs.clear()
+
+    def all_inputs(self, n: int, layouts: set[bool]) -> dict[bool, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Make the inputs in each layout; nothing if they do not fit."""
+        size = 4 * self.batch * self.heads * n * self.features * self.dtype.itemsize
+        if 1.3 * len(layouts) * size > self.free_memory():
+            return {}
+        try:
+            return {tokens_first: self.inputs(n, tokens_first) for tokens_first in layouts}
+        except torch.OutOfMemoryError:
+            return {}
 
     def points(
         self, n: int, direction: str, runs: dict[str, Callable[[], None]], curves: dict, share: float
@@ -234,10 +271,12 @@ class _Bench:
         for name, run in runs.items():
             curve = curves[name, direction]
             peak = None if curve.ended else self.attempt(curve, lambda run=run: self.peak_memory(run))
-            if repeats[name]:
-                curve.times.append(statistics.median(repeats[name]))
-                curve.peaks.append(peak or 0)
-            found.append(Point(name, direction, n, [float(f"{t:.4g}") for t in repeats[name]], peak, curve.ended))
+            if curve.ended:
+                found.append(Point(name, direction, n, [], note=curve.ended))
+                continue
+            curve.times.append(statistics.median(repeats[name]))
+            curve.peaks.append(peak)
+            found.append(Point(name, direction, n, [float(f"{t:.4g}") for t in repeats[name]], peak))
         return found
 
     @staticmethod
@@ -282,7 +321,8 @@ class _Bench:
         finally:
             curve.spent += time.perf_counter() - begin
             if curve.ended and self.kind == "cuda":
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # after some errors a GPU answers nothing any more
+                    torch.cuda.empty_cache()
         return None
 
     def time(self, run: Callable[[], object]) -> float:
@@ -317,31 +357,32 @@ class _Bench:
         return peak
 
     def free_memory(self) -> float:
-        """Bytes that can still be taken; 4 GB where the system does not tell."""
+        """Bytes that can still be taken."""
         if self.kind == "cuda":
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps it, and gives it again
             return torch.cuda.mem_get_info()[0] + unused
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return 4e9
+        free = psutil.virtual_memory().available
+        try:  # in a container, such as Binder's, less than the machine has
+            limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        except (OSError, ValueError):
+            return free
+        return min(free, limit - used)
 
 
 class _Bar:
-    """A progress bar on the error output; none for 0 steps."""
+    """A progress bar on the error output, or nothing."""
 
-    def __init__(self, steps: int):
-        self.steps, self.done = steps, 0
+    def __init__(self, visible: bool):
+        self.visible = visible
 
-    def step(self, n: int) -> None:
-        if self.steps:
-            filled = 30 * self.done // self.steps
-            print(f"\r[{'█' * filled}{'·' * (30 - filled)}] n = {n:,}      ", end="", file=sys.stderr, flush=True)
-            self.done += 1
+    def show(self, done: float, doing: str) -> None:
+        if self.visible:
+            filled = round(30 * done)
+            print(f"\r[{'█' * filled}{'·' * (30 - filled)}] {doing:<40}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self.steps:
-            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
+        if self.visible:
+            print("\r" + " " * 75 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -374,7 +415,7 @@ def _describe_device(kind: str) -> dict[str, str | int]:
 def _versions(kind: str) -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if kind == "cuda":
-        versions["cuda"] = str(torch.version.cuda)
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
         for package in ("triton", "flash-linear-attention"):
             try:
                 versions[package] = metadata.version(package)

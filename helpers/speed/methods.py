@@ -47,13 +47,14 @@ def methods(kind: str) -> list[Method]:
     """All rivals for a kind of device, "cpu" or "cuda"."""
     rivals = [
         Method("naive softmax", "softmax", lambda: softmax_attention),
-        Method("SDPA flash", "softmax", lambda: _sdpa(SDPBackend.FLASH_ATTENTION)),
+        # On CUDA these answer with the tokens first, and would copy a gradient in another layout.
+        Method("SDPA flash", "softmax", lambda: _sdpa(SDPBackend.FLASH_ATTENTION), tokens_first=kind == "cuda"),
         Method("linear, torch", "linear", lambda: lambda q, k, v: linear_attention(q, k, v)[0]),
     ]
     if kind == "cuda":
         rivals += [
-            Method("SDPA cuDNN", "softmax", lambda: _sdpa(SDPBackend.CUDNN_ATTENTION)),
-            Method("SDPA efficient", "softmax", lambda: _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+            Method("SDPA cuDNN", "softmax", lambda: _sdpa(SDPBackend.CUDNN_ATTENTION), tokens_first=True),
+            Method("SDPA efficient", "softmax", lambda: _sdpa(SDPBackend.EFFICIENT_ATTENTION), tokens_first=True),
             Method("flex_attention", "softmax", _flex),
             Method("linear, Triton", "linear", lambda: _triton(bare=False)),
             Method("bare, Triton", "bare", lambda: _triton(bare=True)),
@@ -81,7 +82,7 @@ def _sdpa(backend: SDPBackend) -> Attention:
 
 
 def _flex() -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     compiled, masks = torch.compile(flex_attention, dynamic=True), {}
 
@@ -89,10 +90,27 @@ def _flex() -> Attention:
         n = q.shape[-2]
         if n not in masks:
             masks.clear()
-            masks[n] = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=q.device)
+            masks[n] = BlockMask.from_kv_blocks(
+                *causal_blocks(n, q.device), BLOCK_SIZE=128, mask_mod=_not_later, seq_lengths=(n, n)
+            )
         return compiled(q, k, v, block_mask=masks[n])
 
     return attend
+
+
+def _not_later(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return i >= j
+
+
+def causal_blocks(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count and number the blocks of 128 that a row of blocks needs: one to be masked, then those that are whole.
+
+    `create_block_mask` would make an n × n tensor to find them.
+    """
+    rows = torch.arange(-(-n // 128), dtype=torch.int32, device=device)
+    every = rows.expand(len(rows), -1).contiguous()
+    diagonal = torch.cat([rows[:, None], every[:, 1:]], 1)  # only its first column is read
+    return tuple(x[None, None] for x in (torch.ones_like(rows), diagonal, rows, every))
 
 
 def _triton(bare: bool) -> Attention:

@@ -45,6 +45,12 @@ class Point:
         """Median of the repeats, in seconds."""
         return statistics.median(self.seconds)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether something disturbed it: a quarter of the repeats took 1.5 times as long as another quarter."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high > 1.5 * low
+
 
 @dataclass(frozen=True)
 class Record:
@@ -63,7 +69,7 @@ class Record:
     method
         How it was measured, in a sentence.
     copy_bytes_per_second, matmul_flop_per_second
-        What the device does at best, measured in the same run; each byte read and each byte written counts.
+        What the device does at best, the fastest of some repeats; each byte read and each byte written counts.
     functions
         Which function a method computes: "softmax", "linear" (elu + 1 and the normaliser) or "bare" (neither).
     errors
@@ -113,17 +119,17 @@ class Record:
         return float(gain[0][0])
 
     def floor(self, function: str, direction: str, n: int) -> float:
-        """Least possible seconds: FLOP over the rate of products for the softmax, bytes over that of copies else.
+        """Least possible seconds: what the FLOP take at the rate of products, or the bytes at that of copies, if more.
 
-        Causal softmax attention does 2n²d FLOP, its gradient 4n²d more if the weights were kept. Linear attention reads
-        q, k, v and writes o; its gradient reads them and dO and writes dq, dk and dv.
+        Causal softmax attention does 2n²d FLOP, linear attention 4nd², and their gradients twice as many more, if all
+        of the forward pass is kept. Both read q, k, v and write o; a gradient reads them and dO and writes dq, dk, dv.
         """
         sequences = self.settings["batch"] * self.settings["heads"]
         d, both = self.settings["features"], direction == BOTH
-        if function == "softmax":
-            return (6 if both else 2) * sequences * n * n * d / self.matmul_flop_per_second
+        flop = (3 if both else 1) * sequences * (2 * n * n * d if function == "softmax" else 4 * n * d * d)
         size = {"float32": 4, "float16": 2, "bfloat16": 2}[self.settings["dtype"]]
-        return (11 if both else 4) * sequences * n * d * size / self.copy_bytes_per_second
+        moved = (11 if both else 4) * sequences * n * d * size
+        return max(flop / self.matmul_flop_per_second, moved / self.copy_bytes_per_second)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +31,14 @@ def title(record: Record) -> str:
     )
 
 
+def stem(record: Record) -> str:
+    """File name, without its end, for a device and a setting."""
+    settings = record.settings
+    parts = [str(record.device["name"]), *[f"{record.device['threads']}t"] * ("threads" in record.device)]
+    parts += [f"b{settings['batch']}h{settings['heads']}d{settings['features']}", str(settings["dtype"])]
+    return "-".join(re.findall(r"[a-z0-9]+", " ".join(parts).lower()))
+
+
 def fastest(record: Record, function: str, direction: str) -> str | None:
     """Name of the method of that function that is fastest at the longest length that any of them reaches."""
     ends = [curve[-1] for name, kind in record.functions.items() if kind == function
@@ -43,11 +53,13 @@ def summarise(record: Record) -> str:
     """Return the table of medians, the exponents, the crossings, the floors, and what was left out."""
     lines = [title(record)]
     for direction in (FORWARD, BOTH):
-        curves = {name: {p.n: p.median for p in record.curve(name, direction)} for name in record.functions}
+        curves = {name: {p.n: p for p in record.curve(name, direction)} for name in record.functions}
         lengths = sorted({n for curve in curves.values() for n in curve})
-        lines += ["", f"{direction}, milliseconds (median)", f"{'n':>10}" + "".join(f"{name:>18}" for name in curves)]
+        head = f"{direction}, milliseconds (median; ~ where the repeats are far apart)"
+        lines += ["", head, f"{'n':>10}" + "".join(f"{name:>18}" for name in curves)]
         for n in lengths:
-            cells = (f"{1e3 * curve[n]:18.3f}" if n in curve else f"{'-':>18}" for curve in curves.values())
+            points = (curve.get(n) for curve in curves.values())
+            cells = (f"{'-':>18}" if p is None else f"{'~' * p.noisy + f'{1e3 * p.median:.3f}':>18}" for p in points)
             lines.append(f"{n:10,}" + "".join(cells))
         slopes = (record.exponent(name, direction) for name in curves)
         lines.append(f"{'grows as':>10}" + "".join(f"{'-' if s is None else f'n^{s:.2f}':>18}" for s in slopes))
@@ -69,18 +81,21 @@ def _sentences(record: Record, direction: str) -> list[str]:
         if not curve:
             continue
         if function != "softmax" and softmax:
-            crossing = record.crossing(softmax, name, direction)
-            both = {p.n: p.median for p in record.curve(softmax, direction)}
-            last = max((p for p in curve if p.n in both), key=lambda p: p.n, default=None)
-            if crossing is None:
-                found.append(f"{name} does not overtake {softmax}")
-            else:
-                found.append(
-                    f"{name} overtakes {softmax} at n = {crossing:,.0f}; "
-                    f"at {last.n:,} it takes 1/{both[last.n] / last.median:.1f} of the time"
-                )
+            slow = {p.n: p.median for p in record.curve(softmax, direction)}
+            if shared := [p for p in curve if p.n in slow]:
+                gain = slow[shared[-1].n] / shared[-1].median
+                part = f"1/{gain:.1f} of the time" if gain > 1 else f"{1 / gain:.1f} times as long"
+                ratio = f"at {shared[-1].n:,} it takes {part}"
+                crossing = record.crossing(softmax, name, direction)
+                if crossing is None:
+                    found.append(f"{name} does not overtake {softmax} up to n = {shared[-1].n:,}: {ratio}")
+                elif crossing == shared[0].n:
+                    found.append(f"{name} is ahead of {softmax} from the shortest length on; {ratio}")
+                else:
+                    found.append(f"{name} overtakes {softmax} at n = {crossing:,.0f}; {ratio}")
         share = record.floor(function, direction, curve[-1].n) / curve[-1].median
-        found.append(f"{name} at n = {curve[-1].n:,}: {100 * share:.0f} % of what the device can do at best")
+        best = f"{100 * share:.0f} % of the speed" if share <= 1 else "above the speed (so that was measured too low)"
+        found.append(f"{name} at n = {curve[-1].n:,}: {best} that the device could have")
     return found
 
 
@@ -114,11 +129,11 @@ def draw(record: Record) -> Figure:
 
 
 def _draw_floors(ax: Axes, record: Record, direction: str) -> None:
-    for function, label in (("softmax", "products"), ("linear", "copies")):
+    for function in ("softmax", "linear"):
         lengths = [p.n for name, kind in record.functions.items() if kind == function
                    for p in record.curve(name, direction)]  # fmt: skip
         if lengths:
-            ends = [min(lengths), max(lengths)]
-            floor = [1e3 * record.floor(function, direction, n) for n in ends]
-            ax.plot(ends, floor, color=GREY, ls="--" if function == "softmax" else ":", lw=1.2,
-                    label=f"at best, by {label}")  # fmt: skip
+            lengths = sorted(set(lengths))
+            floor = [1e3 * record.floor(function, direction, n) for n in lengths]
+            ax.plot(lengths, floor, color=GREY, ls="--" if function == "softmax" else ":", lw=1.2,
+                    label=f"{function}, at best")  # fmt: skip
