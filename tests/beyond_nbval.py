@@ -99,7 +99,8 @@ def _compare_file(item: IPyNbCell) -> None:
 def _drive_again(item: IPyNbCell) -> None:
     """Drive all widgets: each has to draw what it drew when it was built, whatever later cells did."""
     client = item.parent.kernel.kc
+    code = DRIVE_AGAIN.format(quick=True)  # in full, each was driven at its cell
     reply = client.execute_interactive(
-        DRIVE_AGAIN, store_history=False, allow_stdin=False, timeout=120, output_hook=lambda message: None
+        code, store_history=False, allow_stdin=False, timeout=120, output_hook=lambda message: None
     )["content"]
     assert reply["status"] == "ok", f"widgets driven once more: {reply.get('ename')}: {reply.get('evalue')}"

@@ -34,7 +34,7 @@ DRIVE_AGAIN = """
 from helpers.teaching.widgets import EXPLORERS
 for _explorer in list(EXPLORERS.values()):
     _explorer.require_unchanged()
-    _explorer.drive()
+    _explorer.drive(quick={quick})
 """
 
 
@@ -117,7 +117,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         store_widget_state=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    fresh.cells.append(nbformat.v4.new_code_cell(DRIVE_AGAIN))
+    fresh.cells.append(nbformat.v4.new_code_cell(DRIVE_AGAIN.format(quick=False)))
     try:
         client.execute(env=os.environ | {"DRIVE_WIDGETS": "0"})  # at the end only; nbval drives them at their cells
     except CellExecutionError as error:
