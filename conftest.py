@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parent
 
 os.environ["OMP_NUM_THREADS"] = "1"  # with two workers on two cores, more threads only get in each other's way
+# The dozens of processes that follow need not each compile what the first has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["DRIVE_WIDGETS"] = "1"  # every widget moves all its controls when it is built
 
 # Kernels load this profile: it closes the network in them, and a reader's own start-up files cannot interfere.
