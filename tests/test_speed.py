@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 import types
 import warnings
 
@@ -233,6 +234,25 @@ def test_a_curve_ends_with_its_share_of_the_time():
     made = measure(device="cpu", seconds=0.02, longest=2**14)
     notes = [p.note for p in made.points if not p.seconds]
     assert len(notes) == 6 and all("share of the time" in note for note in notes)
+
+
+def test_what_a_curve_has_spent_counts(monkeypatch):
+    """Each length alone would fit into the share, five or six together do not."""
+
+    def slow(q, k, v):
+        time.sleep(0.05)
+        return methods.linear_attention(q, k, v)[0]
+
+    monkeypatch.setattr(benchmark, "methods", lambda kind: [Method("slow", "linear", lambda: slow)])
+    made = measure(device="cpu", seconds=2.6, longest=2**13)
+    assert any("share of the time" in p.note for p in made.points if p.direction == FORWARD)
+
+
+def test_causal_blocks_cover_what_is_not_later():
+    count, index, whole_count, whole = (x[0, 0] for x in methods.causal_blocks(400, torch.device("cpu")))
+    for row in range(4):
+        assert index[row, : count[row]].tolist() == [row], "on the diagonal, to be masked"
+        assert whole[row, : whole_count[row]].tolist() == list(range(row))
 
 
 @pytest.mark.parametrize(
