@@ -260,7 +260,7 @@ def test_causal_blocks_cover_what_is_not_later():
     [
         ({"device": "tpu"}, "device must be auto, cpu or cuda, not 'tpu'"),
         ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16, not float64"),
-        ({"heads": -1}, "heads must be a whole number of at least 1, not -1"),
+        ({"heads": 0}, "heads must be a whole number of at least 1, not 0"),
         ({"features": 2.5}, "features must be a whole number of at least 1, not 2.5"),
         ({"longest": 100}, "the longest length must be at least 256, not 100"),
         ({"seconds": 0}, "seconds must be positive, not 0"),

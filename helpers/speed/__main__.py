@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nwritten: {path} and the same as .png", flush=True)
             if "the rest" in record.left_out:
                 break
+    except KeyboardInterrupt:  # while the methods were checked; later on, what is measured is kept
+        print("interrupted before anything was measured", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

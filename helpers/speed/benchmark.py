@@ -98,7 +98,7 @@ def measure(
         raise RuntimeError("torch finds no CUDA GPU here: use --device cpu, or a torch that was built for CUDA")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = dtype or (torch.bfloat16 if kind == "cuda" else torch.float32)
-    heads = heads or (16 if kind == "cuda" else 4)
+    heads = (16 if kind == "cuda" else 4) if heads is None else heads
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(map(_name, TOLERANCES))}, not {_name(dtype)}")
     for name, value in (("batch", batch), ("heads", heads), ("features", features)):
@@ -228,23 +228,25 @@ class _Bench:
             if all(curve.ended for curve in curves.values()):
                 break
             bar.show(step / len(lengths), f"n = {n:,}")
-            inputs = self.all_inputs(n, {name in self.tokens_first for name in attentions})
-            for direction in (FORWARD, BOTH):
-                runs = {}
-                for name, attention in attentions.items():
-                    if not (curve := curves[name, direction]).ended:
-                        curve.ended = (
-                            self.obstacle(curve, share) if inputs else "out of memory: not even the inputs fit"
-                        )
-                        run = None if curve.ended else self.run(attention, direction, inputs[name in self.tokens_first])
-                        warm = None if run is None else self.attempt(curve, lambda run=run: self.time(run))
-                        if warm is not None:
-                            runs[name], curve.latest = run, warm
-                        if curve.ended:
-                            points.append(Point(name, direction, n, [], note=curve.ended))
-                points += self.points(n, direction, runs, curves, share)
-            inputs.clear()  # before the longer ones are made; the closures in `runs` still hold some
-            runs.clear()
+            self.at(n, attentions, curves, share, points)
+
+    def at(self, n: int, attentions: dict[str, Attention], curves: dict, share: float, points: list[Point]) -> None:
+        """Measure one length; its inputs are gone afterwards, before the longer ones are made."""
+        inputs = self.all_inputs(n, {name in self.tokens_first for name in attentions})
+        for direction in (FORWARD, BOTH):
+            runs = {}
+            for name, attention in attentions.items():
+                curve = curves[name, direction]
+                if curve.ended:
+                    continue
+                curve.ended = self.obstacle(curve, share) if inputs else "out of memory: not even the inputs fit"
+                if not curve.ended:
+                    run = self.run(attention, direction, inputs[name in self.tokens_first])
+                    if (warm := self.attempt(curve, lambda run=run: self.time(run))) is not None:
+                        runs[name], curve.latest = run, warm
+                if curve.ended:
+                    points.append(Point(name, direction, n, [], note=curve.ended))
+            points += self.points(n, direction, runs, curves, share)
 
     def all_inputs(self, n: int, layouts: set[bool]) -> dict[bool, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Make the inputs in each layout; nothing if they do not fit."""
