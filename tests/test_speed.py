@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -345,7 +344,7 @@ def test_what_travels_with_the_notebooks_was_measured():
         assert re.match(r"\d{4}-\d\d-\d\dT", found.date) and found.device["name"] and found.versions["torch"]
         assert found.functions.keys() == found.errors.keys() and found.method
         assert all(len(p.seconds) >= 3 for p in found.points if p.seconds)
-        assert json.dumps(found.settings["features"])
+        assert found.settings["features"] >= 1
 
 
 def test_the_notebook_quotes_the_kernel():

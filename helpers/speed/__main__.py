@@ -12,7 +12,7 @@ from helpers.speed import benchmark, report
 from helpers.speed.methods import methods
 from helpers.teaching import set_style
 
-TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in benchmark.TOLERANCES}
+TYPES = {benchmark.type_name(dtype): dtype for dtype in benchmark.TOLERANCES}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,7 +100,7 @@ def measure(
     dtype = dtype or (torch.bfloat16 if kind == "cuda" else torch.float32)
     heads = (16 if kind == "cuda" else 4) if heads is None else heads
     if dtype not in TOLERANCES:
-        raise ValueError(f"dtype must be one of {', '.join(map(_name, TOLERANCES))}, not {_name(dtype)}")
+        raise ValueError(f"dtype must be one of {', '.join(map(type_name, TOLERANCES))}, not {type_name(dtype)}")
     for name, value in (("batch", batch), ("heads", heads), ("features", features)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -119,7 +119,7 @@ def measure(
         date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         device=_describe_device(kind),
         versions=_versions(kind),
-        settings={"batch": batch, "heads": heads, "features": features, "dtype": _name(dtype), "seconds": seconds},
+        settings={"batch": batch, "heads": heads, "features": features, "dtype": type_name(dtype), "seconds": seconds},
         method=METHOD,
         copy_bytes_per_second=copy,
         matmul_flop_per_second=products,
@@ -222,7 +222,7 @@ class _Bench:
     ) -> None:
         """Go over the lengths and append to `points`; a curve that ends leaves a point with a note."""
         curves = {(name, direction): _Curve() for name in attentions for direction in (FORWARD, BOTH)}
-        share = seconds / max(1, len(curves))
+        share = seconds / len(curves)
         self.peak_memory(lambda: None)  # the profiler's first start takes a second, which is no method's share
         for step, n in enumerate(lengths):
             if all(curve.ended for curve in curves.values()):
@@ -392,7 +392,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """Name of a type as on the command line and in a record."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -7,7 +7,6 @@ elu + 1 and the normaliser; and the "bare" one without either, for a fair compar
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -74,8 +73,7 @@ def reference(function: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _sdpa(backend: SDPBackend) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        chosen: AbstractContextManager = sdpa_kernel(backend)  # raises where the device does not have it
-        with chosen:
+        with sdpa_kernel(backend):  # the call below raises where the device does not have it
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return attend

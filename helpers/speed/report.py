@@ -130,10 +130,9 @@ def draw(record: Record) -> Figure:
 
 def _draw_floors(ax: Axes, record: Record, direction: str) -> None:
     for function in ("softmax", "linear"):
-        lengths = [p.n for name, kind in record.functions.items() if kind == function
-                   for p in record.curve(name, direction)]  # fmt: skip
+        chosen = (name for name, kind in record.functions.items() if kind == function)
+        lengths = sorted({point.n for name in chosen for point in record.curve(name, direction)})
         if lengths:
-            lengths = sorted(set(lengths))
             floor = [1e3 * record.floor(function, direction, n) for n in lengths]
             ax.plot(lengths, floor, color=GREY, ls="--" if function == "softmax" else ":", lw=1.2,
                     label=f"{function}, at best")  # fmt: skip
